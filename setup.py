@@ -1,0 +1,75 @@
+"""Compiles csrc into prmfast._C (torch-free pybind11); everything else stands in pyproject.toml.
+
+PRMFAST_CUDA=1 also compiles the CUDA sources with the nvcc that is found (CUDA_HOME, then PATH); the default builds
+C++ only.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+CPP_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wextra"]
+CUDA_ARCHITECTURES = ("80", "90a")
+
+
+def sources(suffix: str) -> list[str]:
+    return sorted(str(path) for path in pathlib.Path("csrc").rglob(f"*{suffix}"))
+
+
+def cuda_root() -> pathlib.Path | None:
+    """The toolkit's folder. nvcc on PATH may be a wrapper script, so nvcc itself is asked where it lives."""
+    if "CUDA_HOME" in os.environ:
+        return pathlib.Path(os.environ["CUDA_HOME"])
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    told = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", told.stdout + told.stderr, re.MULTILINE)
+    return pathlib.Path(top.group(1)).resolve() if top else pathlib.Path(nvcc).resolve().parent.parent
+
+
+class BuildExtension(build_ext):
+    """Adds nvcc-compiled objects to the one extension where CUDA is wanted."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        if os.environ.get("PRMFAST_CUDA", "0") == "1":
+            root = cuda_root()
+            if root is None:
+                raise RuntimeError(
+                    "PRMFAST_CUDA=1 needs nvcc: set CUDA_HOME or put nvcc on PATH, or unset PRMFAST_CUDA"
+                )
+            self.add_cuda(ext, root)
+        super().build_extension(ext)
+
+    def add_cuda(self, ext: Pybind11Extension, root: pathlib.Path) -> None:
+        architectures = [flag for a in CUDA_ARCHITECTURES for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+        pathlib.Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        for source in sources(".cu"):
+            target = str(pathlib.Path(self.build_temp) / (source.replace("/", "_") + ".o"))
+            self.spawn([str(root / "bin" / "nvcc"), "-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC",
+            *architectures,
+                        "-c", source, "-o", target])  # fmt: skip
+            ext.extra_objects.append(target)
+        ext.define_macros.append(("PRMFAST_CUDA", "1"))
+        ext.library_dirs.extend(str(root / lib) for lib in ("lib64", "targets/x86_64-linux/lib"))
+        ext.libraries.extend(["cudart_static", "rt", "dl", "pthread"])
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "prmfast._C",
+            sources(".cpp"),
+            cxx_std=17,
+            include_dirs=["csrc"],
+            extra_compile_args=CPP_FLAGS,
+            extra_link_args=["-fopenmp"],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)
