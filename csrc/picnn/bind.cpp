@@ -1,0 +1,64 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "picnn/picnn.h"
+
+namespace py = pybind11;
+
+namespace prmfast::picnn {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
+  std::vector<T*> out;
+  for (uintptr_t a : addresses) out.push_back(pointer<T>(a));
+  return out;
+}
+
+template <class T>
+Inputs<T> inputs(uintptr_t coefficients, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz, int64_t rows,
+                 int64_t m) {
+  return {pointer<const T>(coefficients), pointer<const T>(levels), level_stride, pointers<const T>(wz), rows, m};
+}
+
+void bind_shape(py::module_& m) {
+  py::class_<Shape>(m, "Shape")
+      .def(py::init([](std::vector<int64_t> widths, int activation, double negative_slope, bool square_first) {
+             return Shape{std::move(widths), static_cast<Activation>(activation), negative_slope, square_first};
+           }),
+           py::arg("widths"), py::arg("activation"), py::arg("negative_slope"), py::arg("square_first"))
+      .def_property_readonly("row", &Shape::row);
+}
+
+template <class T>
+void bind_type(py::module_& m, const char* suffix) {
+  m.def((std::string("forward_") + suffix).c_str(),
+        [](const Shape& shape, uintptr_t coefficients, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz,
+           int64_t rows, int64_t m, uintptr_t value, uintptr_t gradient, int threads) {
+          py::gil_scoped_release release;
+          forward<T>(shape, inputs<T>(coefficients, levels, level_stride, wz, rows, m), pointer<T>(value), pointer<T>(gradient), threads);
+        });
+  m.def((std::string("backward_") + suffix).c_str(),
+        [](const Shape& shape, uintptr_t coefficients, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz,
+           int64_t rows, int64_t m, uintptr_t grad_value, uintptr_t grad_gradient, uintptr_t d_coefficients, uintptr_t d_levels,
+           const std::vector<uintptr_t>& d_wz, int threads) {
+          py::gil_scoped_release release;
+          backward<T>(shape, inputs<T>(coefficients, levels, level_stride, wz, rows, m), pointer<const T>(grad_value),
+                      pointer<const T>(grad_gradient), pointer<T>(d_coefficients), pointer<T>(d_levels), pointers<T>(d_wz), threads);
+        });
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  bind_shape(m);
+  bind_type<float>(m, "f32");
+  bind_type<double>(m, "f64");
+}
+
+}  // namespace prmfast::picnn

@@ -1,0 +1,63 @@
+"""Helpers for tests of ops: inputs that exercise a room, an error budget against float64, and poisoned memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from prmfast.kernels.picnn.params import CoefficientLayout, PicnnParams
+
+
+def make_picnn(
+    context_width: int, widths: tuple[int, ...], *, dtype: torch.dtype = torch.float64, seed: int = 0, **options: object
+) -> PicnnParams:
+    """A random PICNN with hidden ``widths``, convex in x, with one head and no encoder."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    full = (*widths, 1)
+    size = CoefficientLayout(full).size - (0 if options.get("curvature") else 1)
+    wz = tuple(normal(full[i + 1], full[i]).abs() / full[i] for i in range(len(widths)))
+    return PicnnParams(wz=wz, heads=((normal(size, context_width) / context_width**0.5, normal(size)),), **options)  # type: ignore[arg-type]
+
+
+def assert_within_budget(fast: Tensor, *, truth: Tensor, same_dtype: Tensor | None = None, slack: float = 1e-5) -> None:
+    """``fast`` may not be further from the float64 ``truth`` than plain torch in the same dtype, plus ``slack`` of
+    truth's scale.
+
+    Compared row by row over the first dimension; the error names the first row that breaks the budget.
+    """
+    if fast.shape != truth.shape:
+        raise AssertionError(f"fast must have shape {tuple(truth.shape)}, got {tuple(fast.shape)}")
+    if truth.numel() == 0:
+        return
+    rows = truth.shape[0] if truth.ndim else 1
+    error = (fast.double() - truth.double()).abs().reshape(rows, -1).amax(1)
+    allowed = slack * truth.double().abs().reshape(rows, -1).amax(1).clamp_min(truth.double().abs().mean())
+    if same_dtype is not None:
+        allowed = allowed + (same_dtype.double() - truth.double()).abs().reshape(rows, -1).amax(1)
+    bad = ~(error <= allowed)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise AssertionError(f"row {row}: error {float(error[row]):.3e} exceeds the budget {float(allowed[row]):.3e}")
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """Fills uninitialised memory that torch hands out with NaN, so that an output nobody wrote shows."""
+    from torch.utils import deterministic
+
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms)
+        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
