@@ -1,0 +1,76 @@
+"""The tiny policy behind the engine protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from prmfast.engines.base import Completion, check_sample_inputs
+from prmfast.engines.random import sample_keys, text_key
+from prmfast.tiny.decoder import MAX_LENGTH, Decoder
+from prmfast.tiny.task import PAD_ID, QUESTION_LENGTH, UNK_ID, decode, encode, parse_question
+
+
+class TinyEngine:
+    """Implements ``prmfast.engines.Engine`` with the tiny world's own batched decoder.
+
+    A sample is a function of (prompt, prefix, seed). The random numbers belong to (prompt, seed, position), so a sample
+    continued from one of its own prefixes with its own seed gives itself back.
+    """
+
+    def __init__(self, decoder: Decoder, policy_id: str, *, temperature: float = 1.0) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.decoder = decoder
+        self.policy_id = policy_id
+        self.temperature = temperature
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, prefixes: Sequence[str] | None = None
+    ) -> list[Completion]:
+        """One answer per (prompt, seed[, prefix]); see ``Engine.sample``. ValueError for a malformed question."""
+        check_sample_inputs(prompts, seeds, prefixes)
+        if not prompts:
+            return []
+        starts = list(zip(prompts, prefixes if prefixes is not None else [""] * len(prompts), strict=True))
+        distinct = {start: i for i, start in enumerate(dict.fromkeys(starts))}
+        rows = torch.full((len(distinct), MAX_LENGTH), PAD_ID)
+        for (prompt, prefix), i in distinct.items():
+            ids = start_ids(prompt, prefix)
+            rows[i, : len(ids)] = torch.tensor(ids)
+        prompt_keys = {prompt: text_key(prompt) for prompt in dict.fromkeys(prompts)}
+        keys = sample_keys(torch.tensor([prompt_keys[prompt] for prompt in prompts]), torch.tensor(seeds))
+        index = torch.tensor([distinct[start] for start in starts])
+        drawn = self.decoder.sample(rows, index, keys, temperature=self.temperature)
+        start_lengths = (rows != PAD_ID).sum(1)[index].tolist()
+        return [
+            Completion(
+                prompt,
+                seed,
+                text=decode(ids[QUESTION_LENGTH:length]),
+                token_ids=tuple(ids[QUESTION_LENGTH:length]),
+                n_tokens=length - start,
+                finished=finished,
+            )
+            for prompt, seed, ids, length, start, finished in zip(
+                prompts,
+                seeds,
+                drawn.ids.tolist(),
+                drawn.length.tolist(),
+                start_lengths,
+                drawn.finished.tolist(),
+                strict=True,
+            )
+        ]
+
+
+def start_ids(prompt: str, prefix: str) -> list[int]:
+    """Token ids of a question and an answer begun; ValueError for a malformed question or a prefix too long."""
+    ids = parse_question(prompt) + encode(prefix)
+    if len(ids) > MAX_LENGTH:
+        limit = MAX_LENGTH - QUESTION_LENGTH
+        raise ValueError(f"prefix must have at most {limit} tokens, got {len(ids) - QUESTION_LENGTH}")
+    if min(ids) <= UNK_ID:  # padding, end and unknown come first in the vocabulary
+        raise ValueError(f"prefix must not hold special tokens, got {prefix!r}")
+    return ids
