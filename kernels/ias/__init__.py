@@ -1,0 +1,1 @@
+"""Room ias: budgets, success curves and allocations from quantiles of the success probability."""

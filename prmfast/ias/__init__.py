@@ -1,0 +1,44 @@
+"""Instance-adaptive scaling: how many samples a question deserves, drawn live or replayed from stored ones."""
+
+from prmfast.ias._journal import Sample
+from prmfast.ias._pool import ReplayPool
+from prmfast.ias.best_of_n import Answer, BestOfN, BestOfNResult, Decision, aggregate_score
+from prmfast.ias.policies import (
+    BetaThresholdBudget,
+    BudgetPolicy,
+    BudgetState,
+    FixedBudget,
+    GlobalBudget,
+    PointBudget,
+    TargetBudget,
+    TauStopping,
+)
+from prmfast.ias.released import compute_n_ias, determine_k, determine_m
+from prmfast.ias.replay import Frontier, FrontierRow, replay
+from prmfast.ias.voting import majority_vote, weighted_vote
+
+__all__ = [
+    "Answer",
+    "BestOfN",
+    "BestOfNResult",
+    "BetaThresholdBudget",
+    "BudgetPolicy",
+    "BudgetState",
+    "Decision",
+    "FixedBudget",
+    "Frontier",
+    "FrontierRow",
+    "GlobalBudget",
+    "PointBudget",
+    "ReplayPool",
+    "Sample",
+    "TargetBudget",
+    "TauStopping",
+    "aggregate_score",
+    "compute_n_ias",
+    "determine_k",
+    "determine_m",
+    "majority_vote",
+    "replay",
+    "weighted_vote",
+]
