@@ -1,0 +1,75 @@
+"""Calibrators: from what a PRM says of a prefix to the distribution of its success probability."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prmfast.calibration import metrics, plots
+    from prmfast.calibration.artifact import ArtifactError
+    from prmfast.calibration.base import Calibrator, NotFittedError
+    from prmfast.calibration.baselines import (
+        IsotonicCalibrator,
+        LogisticCalibrator,
+        PlattCalibrator,
+        RawScore,
+        TemperatureCalibrator,
+    )
+    from prmfast.calibration.beta_binomial import BetaBinomialCalibrator
+    from prmfast.calibration.condot import CondOTCalibrator
+    from prmfast.calibration.data import CalibrationData
+    from prmfast.calibration.quantile_regression import QuantileRegressionCalibrator
+
+_WHERE = {
+    "ArtifactError": "artifact",
+    "BetaBinomialCalibrator": "beta_binomial",
+    "CalibrationData": "data",
+    "Calibrator": "base",
+    "CondOTCalibrator": "condot",
+    "IsotonicCalibrator": "baselines",
+    "LogisticCalibrator": "baselines",
+    "NotFittedError": "base",
+    "PlattCalibrator": "baselines",
+    "QuantileRegressionCalibrator": "quantile_regression",
+    "RawScore": "baselines",
+    "TemperatureCalibrator": "baselines",
+}
+
+__all__ = [
+    "ArtifactError",
+    "BetaBinomialCalibrator",
+    "CalibrationData",
+    "Calibrator",
+    "CondOTCalibrator",
+    "IsotonicCalibrator",
+    "LogisticCalibrator",
+    "NotFittedError",
+    "PlattCalibrator",
+    "QuantileRegressionCalibrator",
+    "RawScore",
+    "TemperatureCalibrator",
+    "load_calibrator",
+    "metrics",
+    "plots",
+]
+
+
+def load_calibrator(directory: str | os.PathLike[str]) -> Calibrator:
+    """The calibrator that ``save_pretrained`` wrote to ``directory``, of whatever class its config names."""
+    from prmfast.calibration.artifact import load
+
+    return load(directory)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"prmfast.calibration.{_WHERE[name]}"), name)
+    if name in ("metrics", "plots"):
+        return importlib.import_module(f"prmfast.calibration.{name}")
+    raise AttributeError(f"module 'prmfast.calibration' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
