@@ -1,7 +1,7 @@
 """Compiles csrc into prmfast._C (torch-free pybind11); everything else stands in pyproject.toml.
 
 PRMFAST_CUDA=1 also compiles the CUDA sources with the nvcc that is found (CUDA_HOME, then PATH); the default builds
-C++ only.
+C++ only. PRMFAST_BUILD_JOBS bounds how many files are compiled at a time.
 """
 
 import os
@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 CPP_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wextra"]
@@ -37,6 +37,7 @@ class BuildExtension(build_ext):
     """Adds nvcc-compiled objects to the one extension where CUDA is wanted."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
+        self.force = True  # setuptools compares files only, and PRMFAST_CUDA may have changed since the last build
         if os.environ.get("PRMFAST_CUDA", "0") == "1":
             root = cuda_root()
             if root is None:
@@ -51,14 +52,15 @@ class BuildExtension(build_ext):
         pathlib.Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         for source in sources(".cu"):
             target = str(pathlib.Path(self.build_temp) / (source.replace("/", "_") + ".o"))
-            self.spawn([str(root / "bin" / "nvcc"), "-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC",
-            *architectures,
-                        "-c", source, "-o", target])  # fmt: skip
+            flags = ["-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC", *architectures]
+            self.spawn([str(root / "bin" / "nvcc"), *flags, "-c", source, "-o", target])
             ext.extra_objects.append(target)
         ext.define_macros.append(("PRMFAST_CUDA", "1"))
         ext.library_dirs.extend(str(root / lib) for lib in ("lib64", "targets/x86_64-linux/lib"))
         ext.libraries.extend(["cudart_static", "rt", "dl", "pthread"])
 
+
+ParallelCompile("PRMFAST_BUILD_JOBS").install()  # as many files at a time as there are cores, or as it says
 
 setup(
     ext_modules=[

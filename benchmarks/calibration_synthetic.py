@@ -39,7 +39,7 @@ N_MAX = 64
 ROLLOUTS = (1, 2, 4, 8)
 METHODS: dict[str, Callable[[int], Calibrator]] = {
     "binomial": lambda seed: CondOTCalibrator("binomial", context="mlp", seed=seed),
-    "crps": lambda seed: CondOTCalibrator("crps", link="clip", context="mlp", seed=seed),
+    "crps": lambda seed: CondOTCalibrator("crps", context="mlp", seed=seed),
     "dual": lambda seed: CondOTCalibrator("dual", context="mlp", seed=seed),
     "beta-binomial": lambda seed: BetaBinomialCalibrator(context="mlp", seed=seed),
 }

@@ -8,7 +8,7 @@
 | sample_id | string | numbered within question and policy if absent |
 | completion | string | the answer |
 | steps | list<string> | ``completion.split("\\n\\n")`` if absent and as many as there are scores |
-| prm_step_scores | list<double> | PRM score after each step, in [0, 1]; null: not scored |
+| prm_step_scores | list<double> | PRM score after each step, in [0, 1]; null: not scored; empty where steps are |
 | correct* | bool | null: unknown |
 | hidden_states | list<list<float>> | the PRM's hidden state at each step |
 | question_score | double | PRM score of the empty answer, in [0, 1] |
@@ -236,8 +236,13 @@ def _scores(table: pa.Table, names: set[str], lists: dict[str, _Lists]) -> list[
         values = _numbers(column.flat)
         bad = ~((values >= 0) & (values <= 1))
         found += _each("prm_step_scores", "lie in [0, 1]", column.rows[bad], values[bad])
-        empty = np.flatnonzero(column.lengths == 0)
-        found += [Problem(int(row), "prm_step_scores", "hold a step or be null", "an empty list") for row in empty]
+        empty = column.lengths == 0
+        if "steps" in lists:  # a scored answer may have no step; then its steps say so too
+            empty = empty & (lists["steps"].lengths != 0)
+        found += [
+            Problem(int(row), "prm_step_scores", "hold a step or be null", "an empty list")
+            for row in np.flatnonzero(empty)
+        ]
     if "question_score" in names:
         array = _one_chunk(table, "question_score")
         present = array.is_valid().to_numpy(zero_copy_only=False)

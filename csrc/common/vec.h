@@ -23,7 +23,7 @@ using Vec = typename VecOf<T>::type;
 
 template <class T>
 PRMFAST_INLINE Vec<T> broadcast(T x) {
-  return x - Vec<T>{};
+  return Vec<T>{x, x, x, x, x, x, x, x};  // GCC 12 turns `x - Vec<T>{}` into eight masked moves
 }
 
 template <class T>

@@ -123,7 +123,7 @@ def _prefixes(table: pa.Table) -> _Rows:
     successes, trials = _list_column(table, "step_successes"), _list_column(table, "step_trials")
     correct, question = _column(table, "correct"), _column(table, "question_id")
     for i, values in enumerate(scores):
-        if values is None:
+        if values is None or not len(values):
             continue
         k, n = successes[i], trials[i]
         if k is None or n is None:
@@ -188,7 +188,7 @@ def _pilot(table: pa.Table) -> _Rows:
     correct, outcomes = _column(table, "correct"), _outcomes(table)
     for i, group in enumerate(_groups(table)):
         values, states = scores[i], hidden[i]
-        if values is None:
+        if values is None or not len(values):
             continue
         k, n = outcomes.get(group, (0, 0))
         if correct[i] is not None:

@@ -3,6 +3,7 @@
 from prmfast.ias._journal import Sample
 from prmfast.ias._pool import ReplayPool
 from prmfast.ias.best_of_n import Answer, BestOfN, BestOfNResult, Decision, aggregate_score
+from prmfast.ias.estimates import QuestionEstimates
 from prmfast.ias.policies import (
     BetaThresholdBudget,
     BudgetPolicy,
@@ -30,6 +31,7 @@ __all__ = [
     "FrontierRow",
     "GlobalBudget",
     "PointBudget",
+    "QuestionEstimates",
     "ReplayPool",
     "Sample",
     "TargetBudget",

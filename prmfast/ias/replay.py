@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -64,6 +64,14 @@ class Frontier:
     def of(self, method: str) -> tuple[FrontierRow, ...]:
         """The rows of one method."""
         return tuple(row for row in self.rows if row.method == method)
+
+    def curves(self) -> dict[str, Any]:
+        """The arguments of `prmfast.calibration.plots.frontier`: (mean samples, success) by method, fixed N, oracle."""
+        names = dict.fromkeys(row.method for row in self.rows)
+        curve = {
+            name: tuple(zip(*((r.spent.value, r.success.value) for r in self.of(name)), strict=True)) for name in names
+        }
+        return {"fixed": curve.pop("fixed"), "oracle": curve.pop("oracle"), "curves": curve}
 
 
 def replay(

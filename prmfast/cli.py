@@ -1,0 +1,291 @@
+"""The command line: ``prmfast demo | calibrate | evaluate | replay | env``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from prmfast.calibration.metrics import Interval
+    from prmfast.ias import FrontierRow
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Set a target instead of an N: calibrated process reward models, instance-adaptive scaling.",
+)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Traces = Annotated[Path, typer.Argument(help="parquet file of traces (columns: see the README)")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads; one is fastest for networks of this size")]
+Output = Annotated[Path | None, typer.Option("--output", help="also write the table as JSON")]
+IncludeTraining = Annotated[
+    bool, typer.Option("--include-training", help="also judge on questions that the calibrators were fitted on")
+]
+_METRICS = ("brier", "pos_brier", "ece", "wql", "area", "crossing_rate", "spearman")
+
+
+def user_errors(command: Command) -> Command:
+    """Turns an error that the user can mend into one red line and exit status 1; anything else keeps its traceback."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        from prmfast.calibration.artifact import ArtifactError
+
+        try:
+            return command(*arguments, **options)
+        except (ValueError, TypeError, FileNotFoundError, IsADirectoryError, PermissionError, ArtifactError) as error:
+            from rich.console import Console
+            from rich.markup import escape
+
+            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+    return cast(Command, run)
+
+
+@app.command()
+@user_errors
+def calibrate(
+    traces: Traces,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the study; made if absent")],
+    method: Annotated[list[str] | None, typer.Option("--method", help="repeatable; all methods by default")] = None,
+    unit: Annotated[
+        list[str] | None, typer.Option("--unit", help="prefix or question, repeatable; by default what the traces give")
+    ] = None,
+    test_size: Annotated[float, typer.Option(help="share of the questions that no calibrator sees")] = 0.2,
+    seed: Annotated[int, typer.Option(help="of the split and of every fit")] = 42,
+    policy_id: Annotated[str | None, typer.Option(help="fit on the answers of this policy only")] = None,
+    prm_id: Annotated[str | None, typer.Option(help="recorded with the artifacts")] = None,
+    threads: Threads = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Fit calibrators on a share of the questions of TRACES and save them; an interrupted call continues."""
+    import torch
+
+    from prmfast.calibration.study import calibrate as fit
+    from prmfast.traces import read_traces
+
+    torch.set_num_threads(threads)
+    table = read_traces(traces)
+    study = fit(
+        table,
+        output,
+        methods=method,
+        units=cast(Any, unit),
+        test_size=test_size,
+        seed=seed,
+        policy_id=policy_id,
+        prm_id=prm_id,
+        progress=not quiet,
+    )
+    console = wide_console()
+    for name, calibrators in study.calibrators.items():
+        console.print(f"{name}: {len(calibrators)} calibrators in {output / name}", highlight=False)
+    print_metrics(study.evaluate(table), console, note="questions not fitted on")
+
+
+@app.command()
+@user_errors
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="folder that `prmfast calibrate` wrote")],
+    traces: Traces,
+    include_training: IncludeTraining = False,
+    output: Output = None,
+    threads: Threads = 1,
+) -> None:
+    """Judge the calibrators of DIRECTORY on TRACES: every metric with its 95 % interval by question."""
+    import torch
+
+    from prmfast._files import write_text
+    from prmfast.calibration.study import Study
+    from prmfast.traces import read_traces
+
+    torch.set_num_threads(threads)
+    found = Study.load(directory).evaluate(read_traces(traces), include_training=include_training)
+    print_metrics(found, wide_console(), note="all questions" if include_training else "questions not fitted on")
+    if output is not None:
+        write_text(output, json.dumps(found, indent=1) + "\n")
+
+
+@app.command()
+@user_errors
+def replay(
+    directory: Annotated[Path, typer.Argument(help="folder that `prmfast calibrate` wrote")],
+    traces: Traces,
+    target: Annotated[str, typer.Option(help="targets: one number, or LOW:HIGH:COUNT")] = "0.5:0.999:10",
+    n_max: Annotated[int, typer.Option(help="largest budget of a question")] = 64,
+    trials: Annotated[int, typer.Option(help="random orders of the stored samples")] = 100,
+    exact: Annotated[bool, typer.Option("--exact", help="expectations over all orders instead of trials")] = False,
+    seed: Annotated[int, typer.Option(help="of the orders and the intervals")] = 0,
+    include_training: IncludeTraining = False,
+    output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="write the cost-success frontier as PNG")] = None,
+) -> None:
+    """Spend the stored samples of TRACES as each calibrator of DIRECTORY would, beside fixed N and the oracle."""
+    import torch
+
+    from prmfast._files import write_text
+    from prmfast.calibration.study import Study
+    from prmfast.ias import QuestionEstimates
+    from prmfast.ias import replay as spend
+    from prmfast.traces import read_traces
+
+    torch.set_num_threads(1)
+    study = Study.load(directory)
+    calibrators = study.calibrators.get("question")
+    if not calibrators:
+        raise ValueError(
+            f"{directory} has no question-level calibrators: the traces it was fitted on have one sample each"
+        )
+    estimates = QuestionEstimates.from_traces(read_traces(traces))
+    if not include_training:
+        estimates = estimates.unseen(study)
+    frontier = spend(
+        estimates.pool,
+        estimates.budgets(calibrators),
+        targets=parse_targets(target),
+        n_max=n_max,
+        trials=trials,
+        exact=exact,
+        seed=seed,
+    )
+    console = wide_console()
+    questions = f"{len(set(estimates.pool.question))} questions, {len(estimates.pool)} question-policy pairs"
+    console.print(f"{questions}, {int(estimates.pool.size.sum())} stored samples", highlight=False)
+    if estimates.pilot:
+        console.print("no question_score: the first scored sample of each pair speaks for it and is not in the pool")
+    print_frontier(frontier.rows, console)
+    if output is not None:
+        write_text(output, json.dumps(frontier.to_table().to_pylist(), indent=1) + "\n")
+    if plot is not None:
+        from prmfast.calibration import plots
+
+        plots.save(plots.frontier(**frontier.curves()), plot)
+
+
+@app.command()
+@user_errors
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the report")] = Path("demo-report"),
+    train: Annotated[bool, typer.Option("--train", help="train the tiny policy and PRM first (2-3 minutes)")] = False,
+    questions: Annotated[int, typer.Option(min=50, help="questions to calibrate on")] = 1000,
+    seed: Annotated[int, typer.Option(help="of everything")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate the embedded PRM, spend samples live to a target, and write an HTML report."""
+    from prmfast.demo import run_demo
+
+    run_demo(output, train=train, questions=questions, seed=seed, progress=not quiet, console=wide_console())
+
+
+@app.command()
+def env() -> None:
+    """Print versions, the backends that run here, and why one is missing."""
+    from prmfast._env import render
+
+    render(wide_console())
+
+
+def wide_console() -> Console:
+    """A console on standard output; 140 columns where that is not a terminal, so that tables stay whole in files."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def parse_targets(text: str) -> list[float]:
+    """``0.9`` or ``LOW:HIGH:COUNT`` as a list of targets; ValueError for anything else."""
+    parts = text.split(":")
+    try:
+        if len(parts) == 1:
+            return [float(parts[0])]
+        low, high, count = float(parts[0]), float(parts[1]), int(parts[2])
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"target must be a number or LOW:HIGH:COUNT, got {text!r}") from error
+    if len(parts) != 3 or count < 1:
+        raise ValueError(f"target must be a number or LOW:HIGH:COUNT with COUNT >= 1, got {text!r}")
+    if count == 1:
+        return [low]
+    return [low + (high - low) * i / (count - 1) for i in range(count)]
+
+
+def print_metrics(found: Any, console: Console, *, note: str) -> None:
+    """A table per unit: methods down, metrics across, each with its 95 % interval."""
+    from rich.table import Table
+
+    for unit, methods in found.items():
+        table = Table(title=f"{unit} level, {note}; value [95 % interval by question]")
+        table.add_column("method", no_wrap=True)
+        for name in _METRICS:
+            table.add_column(name, justify="right")
+        for method, values in methods.items():
+            table.add_row(method, *(interval_text(values[name]) for name in _METRICS))
+        console.print(table)
+
+
+def interval_text(value: Interval | None) -> str:
+    """``.123 [.110, .136]``; without an interval where it has no width."""
+    if value is None:
+        return "-"
+    if value.low == value.high:
+        return f"{value.value:.3f}"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def print_frontier(rows: Sequence[FrontierRow], console: Console) -> None:
+    """A row per method and target."""
+    from rich.table import Table
+
+    table = Table(title="replay without replacement; mean [95 % interval by question]")
+    for name in (
+        "method",
+        "target",
+        "budget",
+        "spent",
+        "success",
+        "best-of-N",
+        "pool-limited",
+        "at N max",
+        "success, open",
+    ):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
+    previous = None
+    for row in rows:
+        if previous is not None and row.method != previous:
+            table.add_section()
+        previous = row.method
+        table.add_row(
+            row.method,
+            "" if row.target is None else f"{row.target:.3f}",
+            f"{row.asked:.1f}",
+            f"{row.spent.value:.1f}",
+            interval_text(row.success),
+            interval_text(row.best_of_n),
+            f"{row.pool_limited:.0%}",
+            f"{row.at_n_max:.0%}",
+            interval_text(row.open_success),
+        )
+    console.print(table)
+    console.print(
+        "success: a right answer among those drawn. open: questions whose budget is below N max and the pool's size."
+    )
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="prmfast")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The demo's stages: traces with Monte-Carlo labels, calibrators, live best-of-N, replay, report."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from prmfast._files import write_text
+from prmfast.calibration import (
+    BetaBinomialCalibrator,
+    CondOTCalibrator,
+    IsotonicCalibrator,
+    LogisticCalibrator,
+    QuantileRegressionCalibrator,
+    RawScore,
+)
+from prmfast.calibration.base import Calibrator
+from prmfast.calibration.data import Unit
+from prmfast.calibration.metrics import Interval
+from prmfast.calibration.study import Factory, Study, calibrate
+from prmfast.ias import (
+    BestOfN,
+    BestOfNResult,
+    BudgetPolicy,
+    BudgetState,
+    FixedBudget,
+    Frontier,
+    QuestionEstimates,
+    TargetBudget,
+    replay,
+)
+from prmfast.ops import ias_budget
+from prmfast.tiny import TinyWorld, train_world
+from prmfast.traces import write_traces
+
+TEST_QUESTIONS = 200
+POOL = 64  # stored samples of a test question, for the replay
+ROLLOUTS = 8
+N_MAX = 64
+LIVE_TARGETS = (0.7, 0.8, 0.9, 0.95)
+LIVE_FIXED = (1, 2, 4, 8, 16)
+REPLAY_TARGETS = tuple(0.5 + 0.499 * i / 9 for i in range(10))
+HEADLINE = "condot"
+SPENDERS = ("raw", "isotonic", "qr", "beta-binomial", "condot")  # what is spent by, live and replayed
+_STEPS = 500  # of each network: a demo's time, not the defaults of the calibrators
+
+METHODS: dict[str, Factory] = {
+    "raw": lambda seed: RawScore(),
+    "isotonic": lambda seed: IsotonicCalibrator(),
+    "logistic": lambda seed: LogisticCalibrator(),
+    "qr": lambda seed: QuantileRegressionCalibrator(head="mlp", steps=_STEPS, context="mlp", seed=seed),
+    "beta-binomial": lambda seed: BetaBinomialCalibrator(steps=_STEPS, context="mlp", seed=seed),
+    "condot-dual": lambda seed: CondOTCalibrator("dual", steps=_STEPS, context="mlp", seed=seed),
+    "condot-crps": lambda seed: CondOTCalibrator("crps", steps=_STEPS, context="mlp", seed=seed),
+    "condot": lambda seed: CondOTCalibrator("binomial", steps=_STEPS, context="mlp", seed=seed),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRow:
+    """One live run over the test questions: samples and tokens drawn, what came of them."""
+
+    method: str
+    target: float | None
+    mean_drawn: float
+    tokens: int
+    success: float
+    accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the report shows."""
+
+    world: TinyWorld
+    study: Study
+    metrics: Mapping[Unit, Mapping[str, Mapping[str, Interval]]]
+    live: tuple[LiveRow, ...]
+    frontier: Frontier
+    seconds: dict[str, float]
+    directory: Path
+
+    def saved(self, row: LiveRow) -> tuple[float, float] | None:
+        """(fixed N that reaches the same success, share of its samples saved) of a live row; None where none does.
+
+        The fixed line is the replay's, with a point for every N, linear between them.
+        """
+        line = sorted((r.spent.value, r.success.value) for r in self.frontier.of("fixed"))
+        for (n0, s0), (n1, s1) in itertools.pairwise(line):
+            if s0 <= row.success <= s1 and s1 > s0:
+                needed = n0 + (n1 - n0) * (row.success - s0) / (s1 - s0)
+                return needed, 1 - row.mean_drawn / needed
+        return None
+
+
+@final
+@dataclass(frozen=True)
+class _Given(BudgetPolicy):
+    """Budgets known beforehand: the oracle's."""
+
+    budgets: Tensor
+
+    def budget(self, state: BudgetState) -> Tensor:
+        return self.budgets
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float], console: Console) -> Iterator[None]:
+    console.print(f"[bold]{name}[/bold]")
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def run_demo(
+    directory: Path, *, train: bool, questions: int, seed: int, progress: bool, console: Console
+) -> DemoResult:
+    """Runs every stage; writes traces, artifacts, plots and ``index.html`` to ``directory``; prints a summary."""
+    from prmfast.demo.report import write_report
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks of this size are several times slower on two threads
+    try:
+        seconds: dict[str, float] = {}
+        world = _world(directory, train, seconds, console)
+        with _stage("answers and Monte-Carlo labels", seconds, console):
+            table = world.make_traces(questions, 2, ROLLOUTS, seed, progress)
+            write_traces(table, directory / "traces.parquet")
+        with _stage("calibrators", seconds, console):
+            study = calibrate(table, directory / "study", methods=METHODS, seed=seed, progress=progress)
+            metrics = study.evaluate(table)
+        tests = world.questions(TEST_QUESTIONS, seed, split="test")
+        with _stage("truth of the test questions", seconds, console):
+            truth = world.true_success(tests, rollouts=POOL, seed=seed, progress=progress).double() / POOL
+        with _stage("live best-of-N", seconds, console):
+            live = tuple(_live(world, study, tests, truth, seed))
+        with _stage("replay", seconds, console):
+            frontier = _replay(world, study, truth, seed)
+        result = DemoResult(world, study, metrics, live, frontier, seconds, directory)
+        with _stage("report", seconds, console):
+            write_report(result, table)
+        write_text(directory / "frontier.json", json.dumps(frontier.to_table().to_pylist(), indent=1) + "\n")
+    finally:
+        torch.set_num_threads(threads)
+    print_summary(result, console)
+    return result
+
+
+def _world(directory: Path, train: bool, seconds: dict[str, float], console: Console) -> TinyWorld:
+    if not train:
+        return TinyWorld.load()
+    with _stage("training the tiny policy and its PRM", seconds, console):
+        train_world(directory / "world")
+    return TinyWorld.load(directory / "world")
+
+
+def _live(world: TinyWorld, study: Study, tests: list[str], truth: Tensor, seed: int) -> Iterator[LiveRow]:
+    calibrators = study.calibrators["question"]
+    runs: list[tuple[str, float | None, Calibrator | None, BudgetPolicy]] = []
+    for n in LIVE_FIXED:
+        runs.append((f"fixed N = {n}", None, None, FixedBudget(n)))
+    for target in LIVE_TARGETS:
+        for name in SPENDERS:
+            runs.append((name, target, calibrators[name], TargetBudget(target, N_MAX)))
+        runs.append(("oracle", target, None, _Given(ias_budget(truth.unsqueeze(1), target, N_MAX))))
+    for name, goal, calibrator, policy in runs:
+        spender = BestOfN(
+            world.engine, world.prm, calibrator, policy, verifier=world.verify, batch_size=512, seed=seed, n_max=N_MAX
+        )
+        started = time.perf_counter()
+        found: BestOfNResult = spender.run(tests, progress=False)
+        seconds = time.perf_counter() - started
+        success, accuracy = found.success, found.accuracy
+        assert success is not None
+        assert accuracy is not None
+        yield LiveRow(name, goal, found.mean_drawn, found.n_tokens, success, accuracy, seconds)
+
+
+def _replay(world: TinyWorld, study: Study, truth: Tensor, seed: int) -> Frontier:
+    table = world.make_traces(TEST_QUESTIONS, POOL, 0, seed, progress=False, split="test")
+    estimates = QuestionEstimates.from_traces(table)
+    chosen = {name: study.calibrators["question"][name] for name in SPENDERS}
+    return replay(
+        estimates.pool,
+        estimates.budgets(chosen),
+        targets=REPLAY_TARGETS,
+        n_max=N_MAX,
+        seed=seed,
+        fixed=range(1, N_MAX + 1),
+        truth=truth,
+    )
+
+
+def print_summary(result: DemoResult, console: Console) -> None:
+    """The short table: what was asked for, what it cost, what came of it."""
+    table = Table(title=f"live best-of-N on {TEST_QUESTIONS} unseen questions")
+    for name in ("method", "target", "samples / question", "success", "picked right", "fixed N for the same", "saved"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in result.live:
+        saved = None if row.target is None else result.saved(row)
+        table.add_row(
+            row.method,
+            "" if row.target is None else f"{row.target:.2f}",
+            f"{row.mean_drawn:.2f}",
+            f"{row.success:.3f}",
+            f"{row.accuracy:.3f}",
+            "" if saved is None else f"{saved[0]:.1f}",
+            "" if saved is None else f"{saved[1]:+.0%}",
+            style="bold" if row.method == HEADLINE else None,
+        )
+    console.print(table)
+    brier = {name: values["brier"].value for name, values in result.metrics["prefix"].items()}
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in brier.items())
+    console.print(f"Brier of prefixes: {shown}", highlight=False)
+    console.print(f"raw scores are wrong here because: {result.world.info.miscalibration}", highlight=False)
+    took = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
+    console.print(f"time: {took}", highlight=False)
+    console.print(f"report: {result.directory / 'index.html'}", highlight=False)
