@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -36,6 +35,7 @@ from prmfast.ias import (
     BudgetState,
     FixedBudget,
     Frontier,
+    GlobalBudget,
     QuestionEstimates,
     TargetBudget,
     replay,
@@ -69,7 +69,12 @@ METHODS: dict[str, Factory] = {
 
 @dataclass(frozen=True, slots=True)
 class LiveRow:
-    """One live run over the test questions: samples and tokens drawn, what came of them."""
+    """One live run over the test questions: samples and tokens drawn, what came of them.
+
+    ``at_target``: share of questions whose own success probability at the N they got, 1 - (1 - p)^N with the true p,
+    reaches
+    the target; ``fixed_for_as_many``: the smallest fixed N that brings as many questions there. None without a target.
+    """
 
     method: str
     target: float | None
@@ -78,6 +83,13 @@ class LiveRow:
     success: float
     accuracy: float
     seconds: float
+    at_target: float | None
+    fixed_for_as_many: int | None
+
+    @property
+    def saved(self) -> float | None:
+        """Share of the samples of ``fixed_for_as_many`` that were not drawn; negative is a loss."""
+        return None if self.fixed_for_as_many is None else 1 - self.mean_drawn / self.fixed_for_as_many
 
 
 @dataclass(frozen=True)
@@ -91,18 +103,6 @@ class DemoResult:
     frontier: Frontier
     seconds: dict[str, float]
     directory: Path
-
-    def saved(self, row: LiveRow) -> tuple[float, float] | None:
-        """(fixed N that reaches the same success, share of its samples saved) of a live row; None where none does.
-
-        The fixed line is the replay's, with a point for every N, linear between them.
-        """
-        line = sorted((r.spent.value, r.success.value) for r in self.frontier.of("fixed"))
-        for (n0, s0), (n1, s1) in itertools.pairwise(line):
-            if s0 <= row.success <= s1 and s1 > s0:
-                needed = n0 + (n1 - n0) * (row.success - s0) / (s1 - s0)
-                return needed, 1 - row.mean_drawn / needed
-        return None
 
 
 @final
@@ -171,6 +171,9 @@ def _live(world: TinyWorld, study: Study, tests: list[str], truth: Tensor, seed:
     runs: list[tuple[str, float | None, Calibrator | None, BudgetPolicy]] = []
     for n in LIVE_FIXED:
         runs.append((f"fixed N = {n}", None, None, FixedBudget(n)))
+    for n in LIVE_FIXED[1:]:
+        shared = GlobalBudget(mean_per_question=n, n_max=N_MAX)
+        runs.append((f"{HEADLINE}, mean N = {n}", None, calibrators[HEADLINE], shared))
     for target in LIVE_TARGETS:
         for name in SPENDERS:
             runs.append((name, target, calibrators[name], TargetBudget(target, N_MAX)))
@@ -185,7 +188,17 @@ def _live(world: TinyWorld, study: Study, tests: list[str], truth: Tensor, seed:
         success, accuracy = found.success, found.accuracy
         assert success is not None
         assert accuracy is not None
-        yield LiveRow(name, goal, found.mean_drawn, found.n_tokens, success, accuracy, seconds)
+        drawn = torch.tensor([answer.drawn for answer in found.answers])
+        reached, fixed = (None, None) if goal is None else _at_target(truth, drawn, goal)
+        yield LiveRow(name, goal, found.mean_drawn, found.n_tokens, success, accuracy, seconds, reached, fixed)
+
+
+def _at_target(truth: Tensor, drawn: Tensor, target: float) -> tuple[float, int]:
+    """(share of questions whose own success reaches the target, smallest fixed N that does it for as many)."""
+    needed = ias_budget(truth.unsqueeze(1), target, N_MAX)
+    reached = float((drawn >= needed).double().mean())
+    shares = [(n, float((needed <= n).double().mean())) for n in range(1, N_MAX + 1)]
+    return reached, next(n for n, share in shares if share >= reached - 1e-12)
 
 
 def _replay(world: TinyWorld, study: Study, truth: Tensor, seed: int) -> Frontier:
@@ -206,24 +219,30 @@ def _replay(world: TinyWorld, study: Study, truth: Tensor, seed: int) -> Frontie
 def print_summary(result: DemoResult, console: Console) -> None:
     """The short table: what was asked for, what it cost, what came of it."""
     table = Table(title=f"live best-of-N on {TEST_QUESTIONS} unseen questions")
-    for name in ("method", "target", "samples / question", "success", "picked right", "fixed N for the same", "saved"):
+    shown = ("samples / question", "success", "picked right", "at target", "fixed N for as many", "saved")
+    for name in ("method", "target", *shown):
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in result.live:
-        saved = None if row.target is None else result.saved(row)
         table.add_row(
             row.method,
             "" if row.target is None else f"{row.target:.2f}",
             f"{row.mean_drawn:.2f}",
             f"{row.success:.3f}",
             f"{row.accuracy:.3f}",
-            "" if saved is None else f"{saved[0]:.1f}",
-            "" if saved is None else f"{saved[1]:+.0%}",
-            style="bold" if row.method == HEADLINE else None,
+            "" if row.at_target is None else f"{row.at_target:.0%}",
+            "" if row.fixed_for_as_many is None else str(row.fixed_for_as_many),
+            "" if row.saved is None else f"{row.saved:+.0%}",
+            style="bold" if row.method.startswith(HEADLINE) else None,
         )
     console.print(table)
+    console.print(
+        "success: a right answer among those drawn. at target: questions whose own success probability reaches the "
+        "target (p from 64 rollouts); saved: against the fixed N that brings as many questions there.",
+        highlight=False,
+    )
     brier = {name: values["brier"].value for name, values in result.metrics["prefix"].items()}
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in brier.items())
-    console.print(f"Brier of prefixes: {shown}", highlight=False)
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in brier.items())
+    console.print(f"Brier of prefixes: {listed}", highlight=False)
     console.print(f"raw scores are wrong here because: {result.world.info.miscalibration}", highlight=False)
     took = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
     console.print(f"time: {took}", highlight=False)
