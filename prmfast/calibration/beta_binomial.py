@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prmfast.calibration.base import Inputs
 from prmfast.calibration.data import CalibrationData
-from prmfast.calibration.network import Context, NetworkCalibrator
+from prmfast.calibration.head import HeadCalibrator
+from prmfast.calibration.network import Context
 
 _LOG_CONCENTRATION = (-3.0, 7.0)  # alpha + beta between 0.05 and 1,100
 
@@ -70,7 +71,7 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
     return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
 
 
-class BetaBinomialCalibrator(NetworkCalibrator):
+class BetaBinomialCalibrator(HeadCalibrator):
     """p given the context is 0 with pi0, 1 with pi1, else Beta(alpha, beta); four outputs of CondOT's context network.
 
     Any number of trials per row enters by its exact likelihood. Quantiles invert the mixture exactly and `expected` is

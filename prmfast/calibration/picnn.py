@@ -44,7 +44,8 @@ class ConditionalPicnn(nn.Module):
 
     def __init__(self, context_width: int, *, encoder: Sequence[int], dropout: float, width: int, depth: int) -> None:
         super().__init__()
-        self.architecture = {"context_width": context_width, "encoder": list(encoder), "dropout": dropout}
+        sizes_given = {"context_width": context_width, "encoder": list(encoder), "dropout": dropout}
+        self.architecture = {**sizes_given, "width": width, "depth": depth}
         sizes = (context_width, *encoder)
         self.encoder = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.dropout = dropout

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from prmfast.calibration.base import LEVELS, Inputs, check_levels
 from prmfast.calibration.data import CalibrationData
+from prmfast.calibration.head import HeadCalibrator
 from prmfast.calibration.metrics import crossing_rate
-from prmfast.calibration.network import Context, NetworkCalibrator
+from prmfast.calibration.network import Context
 from prmfast.calibration.objectives import pinball
 
 Head = Literal["linear", "mlp"]
@@ -28,7 +29,7 @@ def qr_forward(hidden: Tensor, weight: Tensor, bias: Tensor, *, link: Link = "id
     return torch.sigmoid(raw) if link == "sigmoid" else raw
 
 
-class QuantileRegressionCalibrator(NetworkCalibrator):
+class QuantileRegressionCalibrator(HeadCalibrator):
     """The baseline of [U] and [D]: pinball regression of k/n at fixed levels, from the same inputs as CondOT.
 
     Args:

@@ -16,10 +16,12 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prmfast._files import write_text
 from prmfast._version import __version__
@@ -55,6 +57,19 @@ METHODS: dict[str, Factory] = {
 }
 
 
+class _StudyFile(BaseModel):
+    """The whole of study.json."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format_version: int
+    prmfast_version: str
+    seed: int
+    test_size: float
+    units: dict[Unit, list[str]]
+    training: list[str]
+
+
 @dataclass(frozen=True)
 class Study:
     """Fitted calibrators by unit and method, and the marks of the questions that they have seen."""
@@ -65,7 +80,7 @@ class Study:
 
     def unseen(self, data: CalibrationData) -> CalibrationData:
         """The rows of questions that no calibrator was fitted on; ValueError where none is left."""
-        kept = np.array([question_mark(q) not in self.training for q in data.question])
+        kept = self._is_unseen(data)
         if not kept.any():
             raise ValueError(
                 f"every one of {len(set(data.question))} questions was fitted on; "
@@ -73,19 +88,35 @@ class Study:
             )
         return data.select(kept)
 
+    def _is_unseen(self, data: CalibrationData) -> npt.NDArray[np.bool_]:
+        return np.array([question_mark(q) not in self.training for q in data.question])
+
     def evaluate(
-        self, table: pa.Table, *, include_training: bool = False, resamples: int = 1000
+        self,
+        table: pa.Table,
+        *,
+        include_training: bool = False,
+        resamples: int = 1000,
+        policy_id: str | None = None,
     ) -> dict[Unit, dict[str, dict[str, metrics.Interval]]]:
-        """Every metric with its 95 % interval by question, by unit and method, on the questions not fitted on."""
-        found: dict[Unit, dict[str, dict[str, metrics.Interval]]] = {}
-        for unit, calibrators in self.calibrators.items():
-            data = CalibrationData.from_traces(table, unit=unit)
-            data = data if include_training else self.unseen(data)
-            found[unit] = {
+        """Every metric with its 95 % interval by question, by unit and method, on the questions not fitted on.
+
+        A unit that the traces cannot give, or with no unseen question, is left out; ValueError where none is left.
+        ``policy_id``: this policy's answers only.
+        """
+        rows = {u: r for u, r in unit_data(table, None, policy_id=policy_id).items() if u in self.calibrators}
+        if not rows:
+            raise ValueError(f"the traces have no rows of the units that were fitted ({', '.join(self.calibrators)})")
+        if not include_training:
+            judged = {unit: data for unit, data in rows.items() if self._is_unseen(data).any()}
+            rows = {unit: self.unseen(data) for unit, data in (judged or rows).items()}
+        return {
+            unit: {
                 name: metrics.summary(calibrator, data, n=resamples, seed=self.seed)
-                for name, calibrator in calibrators.items()
+                for name, calibrator in self.calibrators[unit].items()
             }
-        return found
+            for unit, data in rows.items()
+        }
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Study:
@@ -93,22 +124,28 @@ class Study:
         path = Path(directory) / STUDY_NAME
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            version, seed, training, units = (raw[k] for k in ("format_version", "seed", "training", "units"))
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{path} does not exist; `prmfast calibrate TRACES -o {directory}` writes it"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise ArtifactError(f"{path} is damaged ({error!r}); run `prmfast calibrate` again") from error
-        if version > FORMAT_VERSION:
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise ArtifactError(
-                f"{path} has format_version {version}, prmfast {__version__} reads up to {FORMAT_VERSION}"
+                f"{path} has format_version {version}, prmfast {__version__} reads up to {FORMAT_VERSION}; "
+                "upgrade prmfast"
             )
+        try:
+            found = _StudyFile.model_validate(raw)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+            raise ArtifactError(f"{path} is damaged ({problems}); run `prmfast calibrate` again") from error
         calibrators: dict[Unit, dict[str, Calibrator]] = {
             unit: {name: artifact.load(Path(directory) / unit / name) for name in names}
-            for unit, names in units.items()
+            for unit, names in found.units.items()
         }
-        return cls(calibrators, frozenset(training), seed)
+        return cls(calibrators, frozenset(found.training), found.seed)
 
 
 def question_mark(question: str) -> str:
@@ -137,7 +174,7 @@ def unit_data(table: pa.Table, units: Sequence[Unit] | None, **ids: str | None) 
             if units is not None or "needs rows with a PRM score" not in str(error):
                 raise
     if not found:
-        raise ValueError("the traces hold no scored answer with a known outcome: nothing to calibrate on")
+        raise ValueError("the traces hold no scored answer with a known outcome")
     return found
 
 
@@ -184,6 +221,8 @@ def calibrate(
     everything = {q for rows in data.values() for q in rows.question}
     training = training_questions(everything, test_size=test_size, seed=seed)
     root = Path(directory)
+    # an older study's questions must never stand beside this one's calibrators
+    (root / STUDY_NAME).unlink(missing_ok=True)
     fitted: dict[Unit, dict[str, Calibrator]] = {}
     for unit, rows in data.items():
         train = rows.select(np.array([question_mark(q) in training for q in rows.question]))
@@ -193,15 +232,15 @@ def calibrate(
             calibrator.fit(train, progress=progress, checkpoint_dir=root / _CHECKPOINTS / unit / name)
             calibrator.save_pretrained(root / unit / name)
             fitted[unit][name] = calibrator
-    described: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "prmfast_version": __version__,
-        "seed": seed,
-        "test_size": test_size,
-        "units": {unit: list(factories) for unit in data},
-        "training": sorted(training),
-    }
-    write_text(root / STUDY_NAME, json.dumps(described, indent=1) + "\n")
+    described = _StudyFile(
+        format_version=FORMAT_VERSION,
+        prmfast_version=__version__,
+        seed=seed,
+        test_size=test_size,
+        units={unit: list(factories) for unit in data},
+        training=sorted(training),
+    )
+    write_text(root / STUDY_NAME, json.dumps(described.model_dump(), indent=1) + "\n")
     shutil.rmtree(root / _CHECKPOINTS, ignore_errors=True)
     return Study(fitted, training, seed)
 

@@ -82,7 +82,7 @@ def test_any_level_without_refit(fitted: CondOTCalibrator, data: CalibrationData
 def test_quantiles_do_not_depend_on_the_chunk(data: CalibrationData, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrator = CondOTCalibrator("crps", **QUICK).fit(data, progress=False)
     whole = calibrator.quantile(data, [0.1, 0.9])
-    monkeypatch.setattr("prmfast.calibration.condot._QUANTILE_ROWS", 100)
+    monkeypatch.setattr("prmfast.calibration.network._ROWS", 100)
     torch.testing.assert_close(calibrator.quantile(data, [0.1, 0.9]), whole)
 
 
@@ -281,8 +281,8 @@ def test_rounded_up_keeps_the_callers_level_order() -> None:
         ({"link": "tanh"}, ValueError, "link must be one of"),
         ({"context": "hidden"}, ValueError, "context must be one of"),
         ({"selection": "loss"}, ValueError, "selection must be one of"),
-        ({"source": "score"}, ValueError, "source must be 'uniform', or 'score' with objective='dual'"),
-        ({"width": 0}, ValueError, "width must be >= 1, got 0"),
+        ({"source": "score"}, ValueError, "source='score' needs objective='dual', got objective='binomial'"),
+        ({"width": 0}, ValueError, "width must be at least 1, got 0"),
         ({"steps": 1.5}, TypeError, "steps must be an int, got float"),
         ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
         ({"encoder": ()}, ValueError, "encoder must have at least one layer"),

@@ -151,11 +151,11 @@ def test_fits_are_seeded_and_leave_the_callers_randomness_alone() -> None:
 
 
 def test_a_killed_fit_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prmfast.calibration import network
+    from prmfast.calibration import head
 
     data, _ = make(300)
     whole = QuantileRegressionCalibrator("mlp", steps=60).fit(data, progress=False)
-    evaluate = network._Fit.evaluate
+    evaluate = head._HeadFit.evaluate
     calls = []
 
     def dies_at_the_twentieth(self: Any) -> float:
@@ -164,7 +164,7 @@ def test_a_killed_fit_continues_to_the_same_result(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return evaluate(self)
 
-    monkeypatch.setattr(network._Fit, "evaluate", dies_at_the_twentieth)
+    monkeypatch.setattr(head._HeadFit, "evaluate", dies_at_the_twentieth)
     with pytest.raises(KeyboardInterrupt):
         QuantileRegressionCalibrator("mlp", steps=60).fit(data, progress=False, checkpoint_dir=tmp_path)
     resumed = QuantileRegressionCalibrator("mlp", steps=60).fit(data, progress=False, checkpoint_dir=tmp_path)
