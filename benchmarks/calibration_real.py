@@ -1,14 +1,12 @@
 """Every calibrator on real traces, out of fold by question, with bootstrap intervals and paired differences.
 
-python benchmarks/calibration_real.py ../shared/data/math500_iid_samples.parquet --output results.json
+python -m benchmarks.calibration_real ../shared/data/math500_iid_samples.parquet --output results.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prmfast import __version__
+from benchmarks.machine import describe
 from prmfast._files import write_text
 from prmfast._progress import progress
 from prmfast.calibration import (
@@ -35,7 +33,6 @@ from prmfast.calibration import (
     TemperatureCalibrator,
     metrics,
 )
-from prmfast.calibration.artifact import library_versions
 
 METRICS = ("brier", "pos_brier", "ece", "wql", "wql k/n", "area", "crossing_rate")
 REFERENCES = ("isotonic", "logistic")
@@ -188,8 +185,7 @@ def main() -> None:
             "data": data.summary(),
             "folds": arguments.folds,
             "seeds": arguments.seeds,
-            "machine": {"platform": platform.platform(), "cpu": platform.processor(), "cores": os.cpu_count()},
-            "versions": {"prmfast": __version__, **library_versions()},
+            "machine": describe(),
             "methods": {
                 name: {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
                 for name, row in rows.items()

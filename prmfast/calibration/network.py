@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from prmfast._threads import one_thread
 from prmfast.calibration.base import Calibrator, Inputs, Standardiser, context_matrix
 from prmfast.calibration.data import CalibrationData
 from prmfast.calibration.summary import SummaryContext
@@ -22,6 +23,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 _SUMMARY_ENCODER = ((32,), 0.1)
 _ROWS = 8192  # rows a chunk at inference
+_ONE_THREAD_BELOW = 300_000  # weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,9 @@ class NetworkCalibrator(Calibrator, Generic[Network]):
             torch.manual_seed(self.seed)
             generator = torch.Generator().manual_seed(self.seed)
             network = self._new_network(architecture).to(self.device)
-            weights, record = run(self._new_fit(network, data, options.steps, generator), options)
+            small = sum(weight.numel() for weight in network.parameters()) < _ONE_THREAD_BELOW
+            with one_thread(small):
+                weights, record = run(self._new_fit(network, data, options.steps, generator), options)
         network.load_state_dict(weights)
         return network.cpu().eval().requires_grad_(False), record, architecture
 
@@ -251,8 +255,10 @@ def default_encoder(context_width: int, rows: int) -> tuple[tuple[int, ...], flo
 
 
 def default_steps(rows: int) -> int:
-    """1500 steps up to 4,000 rows, 2000 from 40,000 on, logarithmic between."""
-    return round(1500 + 500 * min(1.0, max(0.0, math.log10(max(rows, 1) / 4000))))
+    """1500 steps at 4,000 rows and 2000 from 40,000 on, logarithmic between; fewer below, 400 at least."""
+    if rows < 4000:
+        return max(400, round(1500 * math.sqrt(rows / 4000)))
+    return round(1500 + 500 * min(1.0, math.log10(rows / 4000)))
 
 
 def default_learning_rate(rows: int) -> float:

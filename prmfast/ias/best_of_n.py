@@ -265,7 +265,7 @@ class BestOfN:
         progress: bool,
     ) -> None:
         """Carries out ``jobs`` (question, seed) in order, those in the journal without the engine."""
-        with progress_bar(len(jobs), title, progress) as bar:
+        with progress_bar(len(jobs), title, progress and bool(jobs)) as bar:
             for start in range(0, len(jobs), self.batch_size):
                 chunk = jobs[start : start + self.batch_size]
                 missing = [job for job in chunk if book.get(*job) is None]

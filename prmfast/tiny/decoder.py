@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prmfast._threads import one_thread
 from prmfast.engines.random import uniform
 from prmfast.tiny.policy import Policy, attention_input, feed_forward, forward, rms_norm, rotary_table
 from prmfast.tiny.task import ANSWER_LENGTH, EOS_ID, PAD_ID, QUESTION_LENGTH, UNK_ID, VOCAB_SIZE
@@ -51,6 +52,7 @@ class Decoder:
         self._exact = policy.to(torch.float64)
         self._tables = rotary_table(policy.config, 2 * MAX_LENGTH, policy.embedding.dtype)
 
+    @one_thread()
     @torch.no_grad()
     def sample(self, prompts: Tensor, index: Tensor, keys: Tensor, *, temperature: float = 1.0) -> Samples:
         """One sample per row of ``index``.

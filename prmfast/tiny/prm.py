@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prmfast._files import atomic_path, write_text
+from prmfast._threads import one_thread
 from prmfast.tiny.decoder import MAX_LENGTH
 from prmfast.tiny.engine import start_ids
 from prmfast.tiny.policy import Policy, forward
@@ -165,6 +166,7 @@ class TinyPRM:
         """Hidden states [steps, 32] of every answer, indexed [question][answer]."""
         return [[state for _, state in row] for row in self.judge(questions, answers)]
 
+    @one_thread()
     def question_state(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Score [B] and hidden state [B, 32] of the empty answer of each question."""
         if isinstance(questions, str):
@@ -176,6 +178,7 @@ class TinyPRM:
         logit, state = self.net(states, rows, torch.zeros_like(rows))
         return logit.sigmoid(), state
 
+    @one_thread()
     def judge(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[tuple[Tensor, Tensor]]]:
         """Score [steps] and hidden states [steps, 32] of every answer, in one pass over the distinct ones.
 

@@ -1,0 +1,118 @@
+"""Fills the README's tables from benchmarks/results: ``python -m benchmarks.readme`` (``--check`` only compares)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.calibration_synthetic import Cell, mean_interval, reference_rows
+from prmfast._files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def interval(value: list[float], digits: int = 3) -> str:
+    return f"{value[0]:.{digits}f} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"
+
+
+def machine(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{about['cpu']}, one thread, {versions}, commit {about['commit']}"
+
+
+def calibration_real(result: dict[str, Any]) -> str:
+    columns = ["brier", "pos_brier", "ece", "wql", "area", "brier - isotonic", "brier - logistic"]
+    rows = [
+        [name, *(interval(values[c]) if values.get(c) is not None else "" for c in columns)]
+        for name, values in result["methods"].items()
+    ]
+    data = result["data"]
+    return f"{data['rows']} prefixes, {data['questions']} questions; {machine(result)}.\n\n" + markdown(
+        ["method", "Brier", "PosBrier", "ECE", "WQL", "area", "Brier minus isotonic", "Brier minus logistic"], rows
+    )
+
+
+def calibration_synthetic(result: dict[str, Any]) -> str:
+    cells = [Cell(**cell) for cell in result["cells"]]
+    columns = ("w1_p", "w1_share", "mean_n", "success", "miss")
+    rows: list[list[str]] = []
+    for count in sorted({c.rows for c in cells}):
+        for rollouts in sorted({c.rollouts for c in cells if c.rows == count}):
+            some = [c for c in cells if (c.rows, c.rollouts) == (count, rollouts)]
+            known = reference_rows(rollouts)["true law of p"]
+            rows.append([f"{count:,} x {rollouts}", "true law of p", *(f"{known[c]:.3g}" for c in columns)])
+            for method in dict.fromkeys(c.method for c in some):
+                mine = [c for c in some if c.method == method]
+                shown = [mean_interval([getattr(c, name) for c in mine]) for name in columns]
+                rows.append(["", method, *(f"{m:.3g} ± {h:.1g}" for m, h in shown)])
+    seeds = len({c.seed for c in cells})
+    return f"{seeds} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(
+        ["rows x rollouts", "method", "W1 to p", "W1 to k/n", "mean N", "success", "miss"], rows
+    )
+
+
+def replay_real(result: dict[str, Any]) -> str:
+    wanted = [row for row in result["rows"] if row["target"] is not None]
+    targets = sorted({row["target"] for row in wanted})
+    chosen = min(targets, key=lambda target: abs(target - 0.9))
+    rows = [
+        [
+            row["method"],
+            f"{row['target']:.3f}",
+            f"{row['asked']:.1f}",
+            interval([row["success"], row["success_low"], row["success_high"]]),
+            f"{row['pool_limited']:.0%}",
+            "" if row["open_success"] is None else f"{row['open_success']:.3f}",
+        ]
+        for row in wanted
+        if row["target"] == chosen
+    ]
+    return f"{machine(result)}.\n\n" + markdown(
+        ["method", "target", "mean budget", "success", "pool too small", "success where the pool allows it"], rows
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "calibration_real": calibration_real,
+    "calibration_synthetic": calibration_synthetic,
+    "replay_real": replay_real,
+}
+
+
+def filled(text: str) -> str:
+    """The README with every marked block replaced by its table."""
+    for name, make in TABLES.items():
+        block = make(json.loads((RESULTS / f"{name}.json").read_text()))
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text, count = re.subn(pattern, lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"README.md must have one block {name!r}, got {count}")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 where the README differs from the results")
+    arguments = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = filled(text)
+    if arguments.check:
+        sys.exit(0 if new == text else "README.md differs from benchmarks/results: run python -m benchmarks.readme")
+    write_text(path, new)
+
+
+if __name__ == "__main__":
+    main()
