@@ -64,7 +64,7 @@ def calibration_synthetic(result: dict[str, Any]) -> str:
 
 
 def replay_real(result: dict[str, Any]) -> str:
-    wanted = [row for row in result["rows"] if row["target"] is not None]
+    wanted = [row for row in result["frontier"] if row["target"] is not None]
     targets = sorted({row["target"] for row in wanted})
     chosen = min(targets, key=lambda target: abs(target - 0.9))
     rows = [
@@ -72,6 +72,7 @@ def replay_real(result: dict[str, Any]) -> str:
             row["method"],
             f"{row['target']:.3f}",
             f"{row['asked']:.1f}",
+            f"{row['spent']:.1f}",
             interval([row["success"], row["success_low"], row["success_high"]]),
             f"{row['pool_limited']:.0%}",
             "" if row["open_success"] is None else f"{row['open_success']:.3f}",
@@ -79,8 +80,10 @@ def replay_real(result: dict[str, Any]) -> str:
         for row in wanted
         if row["target"] == chosen
     ]
-    return f"{machine(result)}.\n\n" + markdown(
-        ["method", "target", "mean budget", "success", "pool too small", "success where the pool allows it"], rows
+    size = result["size"]
+    about = f"{size['questions']} questions, {size['pairs']} question-policy pairs, {size['stored']} stored samples"
+    return f"{about}; {machine(result)}.\n\n" + markdown(
+        ["method", "target", "budget", "spent", "success", "pool too small", "success where the pool allows it"], rows
     )
 
 

@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON with everything the table shows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    machine = describe()  # before the fits: the commit that they ran from
     methods = chosen_methods(arguments.methods)
     targets = parse_targets(arguments.target)
     table = read_traces(arguments.traces)
@@ -124,7 +125,7 @@ def main() -> None:
             "n_max": arguments.n_max,
             "seconds": seconds,
             "missed_among_open": missed,
-            "machine": describe(),
+            "machine": machine,
             "frontier": rows,
         }
         write_json(arguments.output, report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -26,10 +26,12 @@ app = typer.Typer(
 Command = TypeVar("Command", bound=Callable[..., Any])
 Traces = Annotated[Path, typer.Argument(help="parquet file of traces (columns: see the README)")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads; one is fastest for networks of this size")]
 Output = Annotated[Path | None, typer.Option("--output", help="also write the table as JSON")]
 IncludeTraining = Annotated[
     bool, typer.Option("--include-training", help="also judge on questions that the calibrators were fitted on")
+]
+PolicyId = Annotated[
+    str | None, typer.Option(help="only this policy's answers; names the policy of traces without such a column")
 ]
 _METRICS = ("brier", "pos_brier", "ece", "wql", "area", "crossing_rate", "spearman")
 
@@ -43,7 +45,7 @@ def user_errors(command: Command) -> Command:
 
         try:
             return command(*arguments, **options)
-        except (ValueError, TypeError, FileNotFoundError, IsADirectoryError, PermissionError, ArtifactError) as error:
+        except (ValueError, TypeError, OSError, ArtifactError) as error:
             from rich.console import Console
             from rich.markup import escape
 
@@ -64,19 +66,15 @@ def calibrate(
     ] = None,
     test_size: Annotated[float, typer.Option(help="share of the questions that no calibrator sees")] = 0.2,
     seed: Annotated[int, typer.Option(help="of the split and of every fit")] = 42,
-    policy_id: Annotated[str | None, typer.Option(help="fit on the answers of this policy only")] = None,
+    policy_id: PolicyId = None,
     prm_id: Annotated[str | None, typer.Option(help="recorded with the artifacts")] = None,
-    threads: Threads = 1,
     quiet: Quiet = False,
 ) -> None:
     """Fit calibrators on a share of the questions of TRACES and save them; an interrupted call continues."""
-    import torch
-
     from prmfast.calibration.study import calibrate as fit
     from prmfast.traces import read_traces
 
-    torch.set_num_threads(threads)
-    table = read_traces(traces)
+    table = read_traces(traces, policy_id=policy_id)
     study = fit(
         table,
         output,
@@ -91,7 +89,9 @@ def calibrate(
     console = wide_console()
     for name, calibrators in study.calibrators.items():
         console.print(f"{name}: {len(calibrators)} calibrators in {output / name}", highlight=False)
-    print_metrics(study.evaluate(table), console, note="questions not fitted on")
+    print_metrics(
+        study.evaluate(table, policy_id=policy_id, progress=not quiet), console, note="questions not fitted on"
+    )
 
 
 @app.command()
@@ -100,21 +100,22 @@ def evaluate(
     directory: Annotated[Path, typer.Argument(help="folder that `prmfast calibrate` wrote")],
     traces: Traces,
     include_training: IncludeTraining = False,
+    policy_id: PolicyId = None,
     output: Output = None,
-    threads: Threads = 1,
+    quiet: Quiet = False,
 ) -> None:
     """Judge the calibrators of DIRECTORY on TRACES: every metric with its 95 % interval by question."""
-    import torch
-
-    from prmfast._files import write_text
+    from prmfast._files import write_json
     from prmfast.calibration.study import Study
     from prmfast.traces import read_traces
 
-    torch.set_num_threads(threads)
-    found = Study.load(directory).evaluate(read_traces(traces), include_training=include_training)
+    table = read_traces(traces, policy_id=policy_id)
+    found = Study.load(directory).evaluate(
+        table, include_training=include_training, policy_id=policy_id, progress=not quiet
+    )
     print_metrics(found, wide_console(), note="all questions" if include_training else "questions not fitted on")
     if output is not None:
-        write_text(output, json.dumps(found, indent=1) + "\n")
+        write_json(output, found)
 
 
 @app.command()
@@ -128,26 +129,24 @@ def replay(
     exact: Annotated[bool, typer.Option("--exact", help="expectations over all orders instead of trials")] = False,
     seed: Annotated[int, typer.Option(help="of the orders and the intervals")] = 0,
     include_training: IncludeTraining = False,
+    policy_id: PolicyId = None,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="write the cost-success frontier as PNG")] = None,
 ) -> None:
     """Spend the stored samples of TRACES as each calibrator of DIRECTORY would, beside fixed N and the oracle."""
-    import torch
-
-    from prmfast._files import write_text
+    from prmfast._files import write_json
     from prmfast.calibration.study import Study
     from prmfast.ias import QuestionEstimates
     from prmfast.ias import replay as spend
     from prmfast.traces import read_traces
 
-    torch.set_num_threads(1)
     study = Study.load(directory)
     calibrators = study.calibrators.get("question")
     if not calibrators:
         raise ValueError(
             f"{directory} has no question-level calibrators: the traces it was fitted on have one sample each"
         )
-    estimates = QuestionEstimates.from_traces(read_traces(traces))
+    estimates = QuestionEstimates.from_traces(read_traces(traces, policy_id=policy_id), policy_id=policy_id)
     if not include_training:
         estimates = estimates.unseen(study)
     frontier = spend(
@@ -166,7 +165,7 @@ def replay(
         console.print("no question_score: the first scored sample of each pair speaks for it and is not in the pool")
     print_frontier(frontier.rows, console)
     if output is not None:
-        write_text(output, json.dumps(frontier.to_table().to_pylist(), indent=1) + "\n")
+        write_json(output, frontier.to_table().to_pylist())
     if plot is not None:
         from prmfast.calibration import plots
 
@@ -197,11 +196,11 @@ def env() -> None:
 
 
 def wide_console() -> Console:
-    """A console on standard output; 140 columns where that is not a terminal, so that tables stay whole in files."""
+    """A console on standard output; 180 columns where that is not a terminal, so that tables stay whole in files."""
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=180)
 
 
 def parse_targets(text: str) -> list[float]:
@@ -235,8 +234,8 @@ def print_metrics(found: Any, console: Console, *, note: str) -> None:
 
 
 def interval_text(value: Interval | None) -> str:
-    """``.123 [.110, .136]``; without an interval where it has no width."""
-    if value is None:
+    """``.123 [.110, .136]``; without an interval where it has no width, ``-`` where there is no value."""
+    if value is None or math.isnan(value.value):
         return "-"
     if value.low == value.high:
         return f"{value.value:.3f}"

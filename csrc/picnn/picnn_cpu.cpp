@@ -218,7 +218,7 @@ PRMFAST_INLINE void forward_rows(const Plan& plan, const Shape& shape, const Inp
     const T *row = in.coefficients + b * plan.row, *levels = in.levels + b * in.level_stride;
     for (int64_t m = 0; m < in.m; m += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, in.m - m);
-      Vec<T> v, g;
+      Vec<T> v{}, g{};
       block_forward<T>(plan, shape, in, row, load_n(levels + m, n), tape, v, g);
       store_n(value + b * in.m + m, v, n);
       store_n(gradient + b * in.m + m, g, n);
@@ -244,7 +244,7 @@ PRMFAST_INLINE void backward_rows(const Plan& plan, const Shape& shape, const In
     for (int64_t m = 0; m < in.m; m += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, in.m - m), at = b * in.m + m;
       const Vec<T> x = load_n(levels + m, n);
-      Vec<T> v, g, d_x;
+      Vec<T> v{}, g{}, d_x{};
       block_forward<T>(plan, shape, in, row, x, tape, v, g);
       block_backward<T>(plan, in, row, x, tape, load_zero(grads.value + at, n), load_zero(grads.gradient + at, n), adj, d_row, d_x);
       store_n(grads.levels + at, d_x, n);

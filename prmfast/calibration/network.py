@@ -172,7 +172,10 @@ class NetworkCalibrator(Calibrator, Generic[Network]):
             summary = SummaryContext(seed=self.seed) if kind == "summary" else None
             parts = contexts
             if summary is not None:
-                parts = summary.fit_transform(train, contexts[0]), summary.transform(contexts[1])
+                parts = (
+                    summary.fit_transform(train, contexts[0], progress=progress),
+                    summary.transform(contexts[1]),
+                )
             settings = {**self.hyperparameters(), "kind": kind}
             options = LoopOptions(
                 steps=self.steps or default_steps(len(train)),

@@ -24,6 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prmfast._files import write_text
+from prmfast._progress import progress as progress_bar
 from prmfast._version import __version__
 from prmfast.calibration import artifact, metrics
 from prmfast.calibration.artifact import ArtifactError
@@ -98,6 +99,7 @@ class Study:
         include_training: bool = False,
         resamples: int = 1000,
         policy_id: str | None = None,
+        progress: bool = False,
     ) -> dict[Unit, dict[str, dict[str, metrics.Interval]]]:
         """Every metric with its 95 % interval by question, by unit and method, on the questions not fitted on.
 
@@ -110,13 +112,14 @@ class Study:
         if not include_training:
             judged = {unit: data for unit, data in rows.items() if self._is_unseen(data).any()}
             rows = {unit: self.unseen(data) for unit, data in (judged or rows).items()}
-        return {
-            unit: {
-                name: metrics.summary(calibrator, data, n=resamples, seed=self.seed)
-                for name, calibrator in self.calibrators[unit].items()
-            }
-            for unit, data in rows.items()
-        }
+        found: dict[Unit, dict[str, dict[str, metrics.Interval]]] = {}
+        with progress_bar(sum(len(self.calibrators[unit]) for unit in rows), "judging", progress) as bar:
+            for unit, data in rows.items():
+                found[unit] = {}
+                for name, calibrator in self.calibrators[unit].items():
+                    found[unit][name] = metrics.summary(calibrator, data, n=resamples, seed=self.seed)
+                    bar.advance()
+        return found
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Study:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from prmfast._progress import progress as progress_bar
 from prmfast.calibration.data import CalibrationData
 
 Array = npt.NDArray[np.float64]
@@ -33,22 +34,26 @@ class SummaryContext:
     def __init__(self, folds: int = 5, seed: int = 0) -> None:
         self.folds, self.seed = folds, seed
 
-    def fit_transform(self, data: CalibrationData, context: Tensor) -> Tensor:
+    def fit_transform(self, data: CalibrationData, context: Tensor, *, progress: bool = False) -> Tensor:
         """Fits on rows ``context`` [N, c] of ``data`` and returns their out-of-fold summary [N, 7] float32."""
         x = context.double().cpu().numpy()
         share = data.target.double().cpu().numpy()
         weight = data.weight.double().cpu().numpy()
         parts = data.fold_indices(min(self.folds, len(set(data.question))), self.seed)
-        self.strength_ = min(
-            _STRENGTHS, key=lambda c: _log_loss(_out_of_fold(x, share, weight, parts, c), share, weight)
-        )
-        out = np.empty((len(x), len(_VIEWS)))
-        models = np.empty((len(_VIEWS), x.shape[1] + 1))
-        mean = _sigmoid(_out_of_fold(x, share, weight, parts, self.strength_))
-        targets = (share, (share > 0).astype(float), (share == 1).astype(float), np.abs(share - mean))
-        for view, target in enumerate(targets):
-            out[:, view] = _out_of_fold(x, target, weight, parts, self.strength_)
-            models[view] = _logistic(x, target, weight, self.strength_)
+        with progress_bar(len(_STRENGTHS) + len(_VIEWS), "summary context", progress) as bar:
+            candidates = []
+            for strength in _STRENGTHS:
+                candidates.append(_out_of_fold(x, share, weight, parts, strength))
+                bar.advance()
+            best = int(np.argmin([_log_loss(logits, share, weight) for logits in candidates]))
+            self.strength_, mean = _STRENGTHS[best], candidates[best]
+            out = np.empty((len(x), len(_VIEWS)))
+            models = np.empty((len(_VIEWS), x.shape[1] + 1))
+            targets = (share, (share > 0).astype(float), (share == 1).astype(float), np.abs(share - _sigmoid(mean)))
+            for view, target in enumerate(targets):
+                out[:, view] = mean if view == 0 else _out_of_fold(x, target, weight, parts, self.strength_)
+                models[view] = _logistic(x, target, weight, self.strength_)
+                bar.advance()
         self.models_ = torch.from_numpy(models)
         self.components_ = torch.from_numpy(_principal(x))
         return self._assemble(torch.from_numpy(out), context)

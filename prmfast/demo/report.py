@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from prmfast._files import write_text
+from prmfast._progress import Bar
+from prmfast._progress import progress as progress_bar
 from prmfast._version import __version__
 from prmfast.calibration import CalibrationData, QuantileRegressionCalibrator, metrics, plots
 from prmfast.calibration.metrics import Interval
@@ -18,20 +20,21 @@ from prmfast.calibration.study import midpoint_levels
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from prmfast.demo.run import DemoResult
+    from prmfast.demo.result import DemoResult
 
 _METRICS = ("brier", "pos_brier", "ece", "wql", "area", "crossing_rate", "spearman")
 _RELIABILITY = ("raw", "isotonic", "qr", "beta-binomial", "condot")
 _PREFIXES = 6
 
 
-def write_report(result: DemoResult, table: pa.Table) -> None:
+def write_report(result: DemoResult, table: pa.Table, *, progress: bool = False) -> None:
     """Writes reliability, quantile-curve, frontier and PIT plots and ``index.html`` into the result's directory."""
     from jinja2 import Environment, StrictUndefined
 
     data = result.study.unseen(CalibrationData.from_traces(table, unit="prefix"))
     folder = result.directory
-    crossing = _plot(result, data)
+    with progress_bar(4, "plots", progress) as bar:
+        crossing = _plot(result, data, bar)
     template = (resources.files("prmfast.demo") / "template.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["interval"] = _interval
@@ -47,11 +50,12 @@ def write_report(result: DemoResult, table: pa.Table) -> None:
     write_text(folder / "index.html", page)
 
 
-def _plot(result: DemoResult, data: CalibrationData) -> dict[str, float]:
+def _plot(result: DemoResult, data: CalibrationData, bar: Bar) -> dict[str, float]:
     """Draws every plot; returns the crossing rates of QR and CondOT over the rows."""
     calibrators, folder = result.study.calibrators["prefix"], result.directory
     predicted: dict[str, Any] = {name: calibrators[name].expected(data) for name in _RELIABILITY}
     plots.save(plots.reliability(predicted, data.target), folder / "reliability.png")
+    bar.advance()
     qr = calibrators["qr"]
     assert isinstance(qr, QuantileRegressionCalibrator)
     own = torch.linspace(0, 1, 11)
@@ -66,7 +70,9 @@ def _plot(result: DemoResult, data: CalibrationData) -> dict[str, float]:
         truth=some.target.tolist(),
     )
     plots.save(figure, folder / "quantiles.png")
+    bar.advance()
     plots.save(plots.frontier(**result.frontier.curves()), folder / "frontier.png")
+    bar.advance()
     pits = {}
     for name in ("raw", "isotonic", "beta-binomial", "condot"):
         quantiles = calibrators[name].quantile(data, midpoint_levels())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from prmfast._files import write_text
+from prmfast._files import write_json
+from prmfast._progress import progress as progress_bar
+from prmfast._threads import one_thread
 from prmfast.calibration import (
     BetaBinomialCalibrator,
     CondOTCalibrator,
@@ -25,9 +26,9 @@ from prmfast.calibration import (
     RawScore,
 )
 from prmfast.calibration.base import Calibrator
-from prmfast.calibration.data import Unit
-from prmfast.calibration.metrics import Interval
 from prmfast.calibration.study import Factory, Study, calibrate
+from prmfast.demo.report import write_report
+from prmfast.demo.result import DemoResult, LiveRow
 from prmfast.ias import (
     BestOfN,
     BestOfNResult,
@@ -67,44 +68,6 @@ METHODS: dict[str, Factory] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LiveRow:
-    """One live run over the test questions: samples and tokens drawn, what came of them.
-
-    ``at_target``: share of questions whose own success probability at the N they got, 1 - (1 - p)^N with the true p,
-    reaches
-    the target; ``fixed_for_as_many``: the smallest fixed N that brings as many questions there. None without a target.
-    """
-
-    method: str
-    target: float | None
-    mean_drawn: float
-    tokens: int
-    success: float
-    accuracy: float
-    seconds: float
-    at_target: float | None
-    fixed_for_as_many: int | None
-
-    @property
-    def saved(self) -> float | None:
-        """Share of the samples of ``fixed_for_as_many`` that were not drawn; negative is a loss."""
-        return None if self.fixed_for_as_many is None else 1 - self.mean_drawn / self.fixed_for_as_many
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """Everything that the report shows."""
-
-    world: TinyWorld
-    study: Study
-    metrics: Mapping[Unit, Mapping[str, Mapping[str, Interval]]]
-    live: tuple[LiveRow, ...]
-    frontier: Frontier
-    seconds: dict[str, float]
-    directory: Path
-
-
 @final
 @dataclass(frozen=True)
 class _Given(BudgetPolicy):
@@ -128,11 +91,7 @@ def run_demo(
     directory: Path, *, train: bool, questions: int, seed: int, progress: bool, console: Console
 ) -> DemoResult:
     """Runs every stage; writes traces, artifacts, plots and ``index.html`` to ``directory``; prints a summary."""
-    from prmfast.demo.report import write_report
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks of this size are several times slower on two threads
-    try:
+    with one_thread():
         seconds: dict[str, float] = {}
         world = _world(directory, train, seconds, console)
         with _stage("answers and Monte-Carlo labels", seconds, console):
@@ -140,20 +99,18 @@ def run_demo(
             write_traces(table, directory / "traces.parquet")
         with _stage("calibrators", seconds, console):
             study = calibrate(table, directory / "study", methods=METHODS, seed=seed, progress=progress)
-            metrics = study.evaluate(table)
+            metrics = study.evaluate(table, progress=progress)
         tests = world.questions(TEST_QUESTIONS, seed, split="test")
         with _stage("truth of the test questions", seconds, console):
             truth = world.true_success(tests, rollouts=POOL, seed=seed, progress=progress).double() / POOL
         with _stage("live best-of-N", seconds, console):
-            live = tuple(_live(world, study, tests, truth, seed))
+            live = _live(world, study, tests, truth, seed, progress)
         with _stage("replay", seconds, console):
-            frontier = _replay(world, study, truth, seed)
+            frontier = _replay(world, study, truth, seed, progress)
         result = DemoResult(world, study, metrics, live, frontier, seconds, directory)
         with _stage("report", seconds, console):
-            write_report(result, table)
-        write_text(directory / "frontier.json", json.dumps(frontier.to_table().to_pylist(), indent=1) + "\n")
-    finally:
-        torch.set_num_threads(threads)
+            write_report(result, table, progress=progress)
+        write_json(directory / "frontier.json", frontier.to_table().to_pylist())
     print_summary(result, console)
     return result
 
@@ -166,7 +123,9 @@ def _world(directory: Path, train: bool, seconds: dict[str, float], console: Con
     return TinyWorld.load(directory / "world")
 
 
-def _live(world: TinyWorld, study: Study, tests: list[str], truth: Tensor, seed: int) -> Iterator[LiveRow]:
+def _live(
+    world: TinyWorld, study: Study, tests: list[str], truth: Tensor, seed: int, progress: bool
+) -> tuple[LiveRow, ...]:
     calibrators = study.calibrators["question"]
     runs: list[tuple[str, float | None, Calibrator | None, BudgetPolicy]] = []
     for n in LIVE_FIXED:
@@ -178,19 +137,33 @@ def _live(world: TinyWorld, study: Study, tests: list[str], truth: Tensor, seed:
         for name in SPENDERS:
             runs.append((name, target, calibrators[name], TargetBudget(target, N_MAX)))
         runs.append(("oracle", target, None, _Given(ias_budget(truth.unsqueeze(1), target, N_MAX))))
-    for name, goal, calibrator, policy in runs:
-        spender = BestOfN(
-            world.engine, world.prm, calibrator, policy, verifier=world.verify, batch_size=512, seed=seed, n_max=N_MAX
-        )
-        started = time.perf_counter()
-        found: BestOfNResult = spender.run(tests, progress=False)
-        seconds = time.perf_counter() - started
-        success, accuracy = found.success, found.accuracy
-        assert success is not None
-        assert accuracy is not None
-        drawn = torch.tensor([answer.drawn for answer in found.answers])
-        reached, fixed = (None, None) if goal is None else _at_target(truth, drawn, goal)
-        yield LiveRow(name, goal, found.mean_drawn, found.n_tokens, success, accuracy, seconds, reached, fixed)
+    rows = []
+    with progress_bar(len(runs), "live runs", progress) as bar:
+        for name, goal, calibrator, policy in runs:
+            spender = BestOfN(
+                world.engine,
+                world.prm,
+                calibrator,
+                policy,
+                verifier=world.verify,
+                batch_size=512,
+                seed=seed,
+                n_max=N_MAX,
+            )
+            started = time.perf_counter()
+            found = spender.run(tests, progress=False)
+            rows.append(_live_row(name, goal, found, truth, time.perf_counter() - started))
+            bar.advance()
+    return tuple(rows)
+
+
+def _live_row(name: str, goal: float | None, found: BestOfNResult, truth: Tensor, seconds: float) -> LiveRow:
+    success, accuracy = found.success, found.accuracy
+    assert success is not None
+    assert accuracy is not None
+    drawn = torch.tensor([answer.drawn for answer in found.answers])
+    reached, fixed = (None, None) if goal is None else _at_target(truth, drawn, goal)
+    return LiveRow(name, goal, found.mean_drawn, found.n_tokens, success, accuracy, seconds, reached, fixed)
 
 
 def _at_target(truth: Tensor, drawn: Tensor, target: float) -> tuple[float, int]:
@@ -201,8 +174,8 @@ def _at_target(truth: Tensor, drawn: Tensor, target: float) -> tuple[float, int]
     return reached, next(n for n, share in shares if share >= reached - 1e-12)
 
 
-def _replay(world: TinyWorld, study: Study, truth: Tensor, seed: int) -> Frontier:
-    table = world.make_traces(TEST_QUESTIONS, POOL, 0, seed, progress=False, split="test")
+def _replay(world: TinyWorld, study: Study, truth: Tensor, seed: int, progress: bool) -> Frontier:
+    table = world.make_traces(TEST_QUESTIONS, POOL, 0, seed, progress=progress, split="test")
     estimates = QuestionEstimates.from_traces(table)
     chosen = {name: study.calibrators["question"][name] for name in SPENDERS}
     return replay(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LEVELS = 100
+_NOTHING = "no question has both a PRM score and another sample with a known outcome to spend it on"
 
 
 @dataclass(frozen=True)
@@ -50,30 +51,41 @@ class QuestionEstimates:
     def from_traces(cls, table: pa.Table, *, policy_id: str | None = None) -> QuestionEstimates:
         """Pairs estimates and pools by question and policy; what has no estimate or no other sample is left out.
 
-        ValueError where nothing is left.
+        ``policy_id``: this policy's answers only. ValueError where nothing is left.
         """
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         from prmfast.traces import validate
 
         table = validate(table, policy_id=policy_id)
+        if policy_id is not None:
+            known = sorted(set(table["policy_id"].to_pylist()))
+            if policy_id not in known:
+                raise ValueError(f"policy_id must be one of {', '.join(known)}, got {policy_id!r}")
+            table = table.filter(pc.equal(table["policy_id"], policy_id))
         pilot = "question_score" not in table.column_names or table["question_score"].null_count == table.num_rows
         groups = list(zip(table["question_id"].to_pylist(), table["policy_id"].to_pylist(), strict=True))
         pilots = _first_scored(table, groups) if pilot else {}
-        kept = pa.array([pilots.get(group) != row for row, group in enumerate(groups)])
-        pool = ReplayPool.from_table(table.filter(kept))
+        kept = [pilots.get(group) != row for row, group in enumerate(groups)]
+        if not any(kept):
+            raise ValueError(_NOTHING)
+        pool = ReplayPool.from_table(table.filter(pa.array(kept)))
         rows = {group: i for i, group in enumerate(zip(pool.question, pool.policy, strict=True))}
         parts: list[CalibrationData] = []
         order: list[int] = []
         for policy in sorted(set(pool.policy)):
-            data = _one_row_a_question(table.filter(pa.compute.equal(table["policy_id"], policy)))
+            mine = table.filter(pc.equal(table["policy_id"], policy))
+            if not pilot and mine["question_score"].null_count == mine.num_rows:
+                continue  # its finished samples are all in the pool: none may speak for it
+            data = _one_row_a_question(mine)
             if data is None:
                 continue
             with_pool = [i for i, question in enumerate(data.question) if (question, policy) in rows]
             parts.append(data.select(torch.tensor(with_pool, dtype=torch.int64)))
             order += [rows[(data.question[i], policy)] for i in with_pool]
         if not order:
-            raise ValueError("no question has both a PRM score and another sample with a known outcome to spend it on")
+            raise ValueError(_NOTHING)
         return cls(_joined(parts), _pool_rows(pool, order), pilot)
 
 

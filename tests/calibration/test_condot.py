@@ -192,6 +192,7 @@ def test_an_interrupted_fit_continues_bit_equal(objective: str, data: Calibratio
     assert resumed.record_ == whole.record_
 
 
+@pytest.mark.slow
 def test_a_killed_fit_continues_bit_equal(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np, torch; torch.set_num_threads(1)\n"

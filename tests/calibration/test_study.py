@@ -33,6 +33,8 @@ NETWORKS: dict[str, Factory] = {
 }
 FAST = ("raw", "isotonic", "logistic")
 
+pytestmark = pytest.mark.xdist_group("study")  # one worker: the networks are fitted once
+
 
 def fit(table: pa.Table, directory: Path, methods: Any = FAST, **options: Any) -> Study:
     return calibrate(table, directory, methods=methods, progress=False, **options)

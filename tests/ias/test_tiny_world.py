@@ -36,6 +36,7 @@ def calibrator(world: TinyWorld) -> BetaBinomialCalibrator:
     return BetaBinomialCalibrator().fit(data, progress=False)
 
 
+@pytest.mark.slow
 def test_live_best_of_n(world: TinyWorld, calibrator: BetaBinomialCalibrator, tmp_path: Path) -> None:
     questions, journal = world.questions(QUESTIONS, seed=2), tmp_path / "run.jsonl"
 

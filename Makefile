@@ -1,0 +1,64 @@
+# Two commands on a fresh machine: `make demo` and `make test`. PYTHON makes the environment, VENV is where it lives.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+# One thread a process: the suite runs as many processes as there are cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
+TRACES ?= ../shared/data/math500_iid_samples.parquet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint bench gpu constraints clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY)  ## the main job on the embedded tiny policy, with an HTML report (ARGS="--help" shows the options)
+	$(BIN)/prmfast demo $(ARGS)
+
+test: $(READY)  ## the whole suite
+	$(PYTEST)
+
+check: lint  ## what to run before a commit: lint and the fast tests
+	$(PYTEST) -m "not slow"
+
+lint: $(READY)  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## the calibration benchmarks: real traces (TRACES=...), then the synthetic law
+	$(BIN)/python -m benchmarks.calibration_real $(TRACES) --output benchmarks/results/calibration_real.json
+	$(BIN)/python -m benchmarks.calibration_synthetic
+
+gpu:  ## builds the CUDA sources in place and runs the suite with PYTHON's own torch, which must see a GPU
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	f"make gpu: torch {torch.__version__} of {sys.executable} sees no GPU; name another one with PYTHON=...")'
+	PRMFAST_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -q
+
+# torch comes first and from the constraint, so that pip never looks for a newer build; the extension is then compiled
+# with the pinned setuptools and pybind11 instead of whatever is newest.
+$(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"constraints.txt pins versions for Python 3.11 and newer; name one with PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -U pip
+	$(BIN)/python -m pip install -c constraints.txt torch setuptools wheel pybind11
+	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[dev]"
+	@touch $@
+
+constraints: $(READY)  ## rewrites the pins of constraints.txt from what is installed
+	sed -n '/^#/p' constraints.txt > constraints.new
+	$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+cpu$$//' | grep '==' | LC_ALL=C sort -f >> constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## removes build products, caches and reports, keeps the environment
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis demo-report
+	rm -f prmfast/_C*.so $(READY)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and removes the environment
+	rm -rf $(VENV)
