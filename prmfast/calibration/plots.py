@@ -176,6 +176,19 @@ def frontier(
     return figure
 
 
+def target_curves(curves: Mapping[str, Curve], *, title: str = "Target and success") -> Figure:
+    """Realised success against the target asked for: (targets [T], success [T]) by method; on the line is kept."""
+    figure, (axis,) = _figure(width=6.4)
+    targets = np.concatenate([_numpy(x) for x, _ in curves.values()])
+    ends = [float(targets.min()), float(targets.max())]
+    axis.plot(ends, ends, color=_GREY, linestyle="--", linewidth=1.2, label="success = target")
+    for i, (name, (asked, value)) in enumerate(curves.items()):
+        axis.plot(_numpy(asked), _numpy(value), linewidth=1.3, label=name, **_style(i))
+    axis.set(xlabel="target success probability", ylabel="questions solved (share)", title=title)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    return figure
+
+
 def pit_histogram(
     pits: Mapping[str, ArrayLike], *, bins: int = 10, title: str = "Probability integral transform"
 ) -> Figure:

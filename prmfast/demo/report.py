@@ -71,6 +71,7 @@ def _plot(result: DemoResult, data: CalibrationData, bar: Bar) -> dict[str, floa
     )
     plots.save(figure, folder / "quantiles.png")
     bar.advance()
+    plots.save(plots.target_curves(result.frontier.kept()), folder / "targets.png")
     plots.save(plots.frontier(**result.frontier.curves()), folder / "frontier.png")
     bar.advance()
     pits = {}
@@ -80,6 +81,7 @@ def _plot(result: DemoResult, data: CalibrationData, bar: Bar) -> dict[str, floa
     plots.save(
         plots.pit_histogram(pits, title="Randomised PIT of k given n over held-out prefixes"), folder / "pit.png"
     )
+    bar.advance()
     return {
         "qr": metrics.crossing_rate(points),
         "condot": metrics.crossing_rate(calibrators["condot"].quantile(data, fine, clip=False)),

@@ -65,6 +65,16 @@ class Frontier:
         """The rows of one method."""
         return tuple(row for row in self.rows if row.method == method)
 
+    def kept(self) -> dict[str, tuple[list[float], list[float]]]:
+        """(targets, success) by method, for `prmfast.calibration.plots.target_curves`."""
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for row in self.rows:
+            if row.target is not None:
+                targets, success = found.setdefault(row.method, ([], []))
+                targets.append(row.target)
+                success.append(row.success.value)
+        return found
+
     def curves(self) -> dict[str, Any]:
         """The arguments of `prmfast.calibration.plots.frontier`: (mean samples, success) by method, fixed N, oracle."""
         names = dict.fromkeys(row.method for row in self.rows)

@@ -54,6 +54,15 @@ def test_frontier_always_has_the_fixed_line() -> None:
     assert bool((np.diff(axis.get_lines()[2].get_xdata()) > 0).all())
 
 
+def test_target_curves_show_the_line_to_keep() -> None:
+    targets = np.linspace(0.5, 0.9, 5)
+    figure = plots.target_curves({"raw": (targets, targets - 0.2), "CondOT": (targets, targets)})
+    axis = figure.axes[0]
+    assert labels(axis) == ["success = target", "raw", "CondOT"]
+    line = axis.get_lines()[0]
+    assert list(line.get_xdata()) == list(line.get_ydata()) == [0.5, 0.9]
+
+
 def test_pit_histogram_is_a_density() -> None:
     figure = plots.pit_histogram({"a": RNG.random(1000), "b": RNG.beta(2, 2, 1000)}, bins=8)
     for axis in figure.axes:

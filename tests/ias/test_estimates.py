@@ -320,6 +320,9 @@ def test_curves_are_what_the_plot_takes(known: tuple[torch.Tensor, QuestionEstim
     for name, (cost, success) in {**curves["curves"], "fixed": curves["fixed"], "oracle": curves["oracle"]}.items():
         assert list(zip(cost, success, strict=True)) == [(r.spent.value, r.success.value) for r in frontier.of(name)]
     assert len(curves["curves"]["three"][0]) == 1
+    kept = frontier.kept()
+    assert set(kept) == {row.method for row in frontier.rows if row.target is not None}
+    assert all(targets == sorted(targets) and len(targets) == len(success) for targets, success in kept.values())
     labels = [line.get_label() for line in plots.frontier(**curves).axes[0].lines]
     assert {"fixed N", "oracle (true p)", "a", "b", "three"} <= set(labels)
 
