@@ -69,6 +69,7 @@ class ArtifactConfig(BaseModel):
     hyperparameters: dict[str, Any]
     hidden_width: int | None
     feature_names: list[str]
+    without_score: bool
     fitted: dict[str, Any]
     provenance: Provenance
     prmfast_version: str
@@ -119,6 +120,7 @@ def save(calibrator: Calibrator, directory: str | os.PathLike[str]) -> None:
         hyperparameters=_plain(calibrator.hyperparameters()),
         hidden_width=calibrator.hidden_width_,
         feature_names=list(calibrator.feature_names_),
+        without_score=calibrator.without_score_,
         fitted=_plain(calibrator._fitted()),
         provenance=Provenance(**_plain(calibrator.provenance_.model_dump())),
         prmfast_version=__version__,
@@ -221,6 +223,7 @@ def build(cls: type[Calibrator], config: ArtifactConfig, directory: str | os.Pat
         calibrator = cls(**config.hyperparameters)
         calibrator.hidden_width_ = config.hidden_width
         calibrator.feature_names_ = tuple(config.feature_names)
+        calibrator.without_score_ = config.without_score
         calibrator.provenance_ = config.provenance
         calibrator._restore(tensors, config.fitted)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from prmfast.calibration import artifact
 from prmfast.calibration.artifact import ArtifactError, Provenance
-from prmfast.calibration.data import CalibrationData
+from prmfast.calibration.data import NO_SCORE, CalibrationData
 from prmfast.calibration.features import SCORE_FEATURE_NAMES, logit, score_features
 
 LEVELS = tuple(i / 10 for i in range(11))
@@ -73,6 +73,7 @@ class Calibrator(abc.ABC):
     reads: ClassVar[Reads] = "context"
     hidden_width_: int | None
     feature_names_: tuple[str, ...]
+    without_score_: bool
     provenance_: Provenance
 
     @abc.abstractmethod
@@ -121,6 +122,7 @@ class Calibrator(abc.ABC):
                 raise TypeError(f"{name} must be a CalibrationData, got {type(value).__name__}")
         self.hidden_width_ = data.hidden.shape[1] if data.hidden is not None and self.reads == "context" else None
         self.feature_names_ = () if self.reads == "score" else data.feature_names
+        self.without_score_ = bool((data.score == NO_SCORE).all())
         self.provenance_ = Provenance(prm_id=data.prm_id, policy_id=data.policy_id, data=data.summary())
         try:
             if validation is not None:
@@ -136,7 +138,8 @@ class Calibrator(abc.ABC):
     ) -> Tensor:
         """Q(level | row): quantiles of the success probability, [B, M] float32.
 
-        ``data`` is a CalibrationData, or the hidden states [B, d] with ``score`` [B]. ``levels``: a number, [M], or
+        ``data`` is a CalibrationData, or the hidden states [B, d] with ``score`` [B] (None only where the calibrator
+        was fitted without scores). ``levels``: a number, [M], or
         [B, M] for levels of each row's own, all in [0, 1]. ``clip=False`` gives the raw map, which may leave [0, 1].
         """
         inputs = self._inputs(data, score)
@@ -194,6 +197,8 @@ class Calibrator(abc.ABC):
             inputs = Inputs(data.score, data.features, data.hidden)
             names: tuple[str, ...] = data.feature_names
         elif isinstance(data, Tensor):
+            if score is None and self.without_score_:
+                score = data.new_full(data.shape[:1], NO_SCORE)
             inputs, names = _from_tensors(data, score), SCORE_FEATURE_NAMES
         else:
             raise TypeError(f"data must be a CalibrationData or a tensor of hidden states, got {type(data).__name__}")

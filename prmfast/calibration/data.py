@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ArrayLike = Any
 Unit = Literal["prefix", "question"]
+NO_SCORE = 0.5  # stands where the PRM gave no score of its own
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ class CalibrationData:
     def from_arrays(
         cls,
         *,
-        score: ArrayLike,
         successes: ArrayLike,
+        score: ArrayLike = None,
         trials: ArrayLike = None,
         hidden: ArrayLike = None,
         features: ArrayLike = None,
@@ -167,8 +168,14 @@ class CalibrationData:
         """Checked data from tensors, arrays or lists.
 
         ``trials`` defaults to 1 for every row, ``question`` to a question of its own per row, ``features`` to what the
-        score alone gives (`SCORE_FEATURE_NAMES`). Raises TypeError for a wrong kind, ValueError for a shape or a value.
+        score alone gives (`SCORE_FEATURE_NAMES`). ``score=None`` needs hidden states or features: every row then has
+        the score `NO_SCORE`, which tells a calibrator nothing. Raises TypeError for a wrong kind, ValueError for a
+        shape or a value.
         """
+        if score is None:
+            if hidden is None and features is None:
+                raise ValueError("score=None needs hidden or features, got none of the three")
+            score = torch.full((len(hidden if hidden is not None else features),), NO_SCORE)
         score_ = _floats("score", score)
         if score_.ndim != 1:
             raise ValueError(f"score must have shape (N,), got {tuple(score_.shape)}")

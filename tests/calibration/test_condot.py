@@ -310,6 +310,20 @@ def test_bad_queries(data: CalibrationData) -> None:
         CondOTCalibrator().quantile(hidden, 0.5, score=score)
 
 
+def test_hidden_states_alone_are_enough(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 5, generator=generator)
+    successes = torch.distributions.Binomial(8, torch.sigmoid(hidden[:, 0])).sample().long()
+    scoreless = CalibrationData.from_arrays(hidden=hidden, successes=successes, trials=torch.full((300,), 8))
+    calibrator = CondOTCalibrator(**QUICK).fit(scoreless, progress=False)
+    expected = calibrator.expected(hidden)
+    assert torch.equal(expected, calibrator.expected(scoreless))
+    calibrator.save_pretrained(tmp_path)
+    assert torch.equal(CondOTCalibrator.from_pretrained(tmp_path).expected(hidden), expected)
+    with pytest.raises(ValueError, match="score=None needs hidden or features"):
+        CalibrationData.from_arrays(successes=successes)
+
+
 def test_score_source_and_dual(data: CalibrationData) -> None:
     calibrator = CondOTCalibrator("dual", source="score", steps=30, context="mlp").fit(data, progress=False)
     assert bool(torch.isfinite(calibrator.quantile(data, [0.1, 0.5])).all())

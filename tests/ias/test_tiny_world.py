@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prmfast.calibration import BetaBinomialCalibrator, CalibrationData
+from prmfast.calibration import BetaBinomialCalibrator, CalibrationData, Calibrator, CondOTCalibrator
 from prmfast.calibration.features import FEATURE_NAMES, question_features
+from prmfast.engines import TransformersEngine
 from prmfast.ias import BestOfN, FixedBudget, PointBudget, ReplayPool, TargetBudget, replay
 from prmfast.tiny import TinyWorld
 
@@ -21,8 +22,8 @@ def world() -> TinyWorld:
     return TinyWorld.load()
 
 
-@pytest.fixture(scope="module")
-def calibrator(world: TinyWorld) -> BetaBinomialCalibrator:
+@pytest.fixture(scope="module", params=[BetaBinomialCalibrator, CondOTCalibrator])
+def calibrator(world: TinyWorld, request: pytest.FixtureRequest) -> Calibrator:
     questions = world.questions(250, seed=1, split="calibration")
     score, hidden = world.prm.question_state(questions)
     data = CalibrationData.from_arrays(
@@ -33,11 +34,12 @@ def calibrator(world: TinyWorld) -> BetaBinomialCalibrator:
         successes=world.true_success(questions, rollouts=8),
         trials=torch.full((250,), 8),
     )
-    return BetaBinomialCalibrator().fit(data, progress=False)
+    fitted: Calibrator = request.param(context="mlp").fit(data, progress=False)
+    return fitted
 
 
 @pytest.mark.slow
-def test_live_best_of_n(world: TinyWorld, calibrator: BetaBinomialCalibrator, tmp_path: Path) -> None:
+def test_live_best_of_n(world: TinyWorld, calibrator: Calibrator, tmp_path: Path) -> None:
     questions, journal = world.questions(QUESTIONS, seed=2), tmp_path / "run.jsonl"
 
     def run(*method: object) -> BestOfN:
@@ -58,3 +60,17 @@ def test_live_best_of_n(world: TinyWorld, calibrator: BetaBinomialCalibrator, tm
     drawn = torch.tensor([answer.drawn for answer in good.answers])
     replayed = replay(pool, {"same budgets": drawn}, exact=True, targets=[TARGET]).rows[0]
     assert abs(replayed.success.value - good.success) < 3 * ERROR
+
+
+def test_the_same_samples_from_transformers(world: TinyWorld) -> None:
+    """Another engine on the same checkpoint, another loop, the same seeds: the same answers and the same pick."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(world.policy_directory())
+    engine = TransformersEngine(model, world.tokenizer(), max_new_tokens=20, stop=())
+    questions = world.questions(6, seed=3)
+    own, other = (
+        BestOfN(drawn_from, world.prm, None, FixedBudget(3), world.verify).run(questions, progress=False)
+        for drawn_from in (world.engine, engine)
+    )
+    assert [a.completion for a in own.answers] == [a.completion for a in other.answers]
+    assert [a.correct for a in own.answers] == [a.correct for a in other.answers]
