@@ -66,6 +66,12 @@ def transport(
     return gradient
 
 
+def negative_weight_penalty(state: Mapping[str, Tensor]) -> Tensor:
+    """sum_i ||relu(-wz_i)||: what the released code adds to the loss of g instead of a hard constraint."""
+    weights = [tensor for name, tensor in state.items() if name.startswith("wz.")]
+    return torch.stack([torch.linalg.norm(torch.relu(-weight)) for weight in weights]).sum()
+
+
 def params_from_released(
     state: Mapping[str, Tensor],
     *,

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+_ANSWERS_A_CALL = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class WorldInfo:
     """What was measured when the world was trained; success probabilities are of test questions with 1 to 8 steps."""
@@ -146,8 +149,13 @@ class TinyWorld:
         questions = self.questions(n_questions, seed, k_range, split=split)
         rows = [(question, j) for question in questions for j in range(samples_per_question)]
         seeds = [text_key(f"trace {seed} {j}") & (2**63 - 1) for _, j in rows]
-        texts = [completion.text for completion in self.engine.sample([question for question, _ in rows], seeds)]
-        columns = self._sample_columns(questions, rows, texts)
+        with progress_bar(len(rows), "answers", progress) as bar:
+            texts = []
+            for part in _chunks(list(range(len(rows))), _ANSWERS_A_CALL):
+                done = self.engine.sample([rows[i][0] for i in part], [seeds[i] for i in part])
+                texts += [completion.text for completion in done]
+                bar.advance(len(part))
+        columns = self._sample_columns(questions, rows, texts, progress)
         if rollouts_per_prefix:
             columns |= self._rollout_columns(questions, rows, columns["steps"], rollouts_per_prefix, seed, progress)
         import pyarrow as pa
@@ -157,10 +165,15 @@ class TinyWorld:
         return validate(pa.table({name: pa.array(values, SCHEMA[name]) for name, values in columns.items()}))
 
     def _sample_columns(
-        self, questions: list[str], rows: list[tuple[str, int]], texts: list[str]
+        self, questions: list[str], rows: list[tuple[str, int]], texts: list[str], progress: bool
     ) -> dict[str, list[Any]]:
         per_question = len(rows) // len(questions)
-        judged = [j for row in self.prm.judge(questions, list(_chunks(texts, per_question))) for j in row]
+        judged: list[tuple[Tensor, Tensor]] = []
+        with progress_bar(len(questions), "PRM scores", progress) as bar:
+            for part in _chunks(list(range(len(questions))), max(1, _ANSWERS_A_CALL // per_question)):
+                answers = [texts[i * per_question : (i + 1) * per_question] for i in part]
+                judged += [j for row in self.prm.judge([questions[i] for i in part], answers) for j in row]
+                bar.advance(len(part))
         score, state = self.prm.question_state(questions)
         return {
             "question_id": [task.question_id(question) for question, _ in rows],
