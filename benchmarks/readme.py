@@ -26,6 +26,10 @@ def interval(value: list[float], digits: int = 3) -> str:
     return f"{value[0]:.{digits}f} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"
 
 
+def signed(value: list[float]) -> str:
+    return f"{value[0]:+.4f} [{value[1]:+.3f}, {value[2]:+.3f}]"
+
+
 def machine(result: dict[str, Any]) -> str:
     about = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -33,11 +37,13 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def calibration_real(result: dict[str, Any]) -> str:
-    columns = ["brier", "pos_brier", "ece", "wql", "area", "brier - isotonic", "brier - logistic"]
-    rows = [
-        [name, *(interval(values[c]) if values.get(c) is not None else "" for c in columns)]
-        for name, values in result["methods"].items()
-    ]
+    rows = []
+    for name, values in result["methods"].items():
+        if any(variant in name for variant in ("+ bins", "sorted")):
+            continue  # variants of rows that are shown; in the JSON
+        plain = [f"{values[c][0]:.3f}" for c in ("pos_brier", "ece", "wql", "area")]
+        paired = [signed(values[c]) if values.get(c) else "" for c in ("brier - isotonic", "brier - logistic")]
+        rows.append([name, interval(values["brier"]), *plain, *paired])
     data = result["data"]
     return f"{data['rows']} prefixes, {data['questions']} questions; {machine(result)}.\n\n" + markdown(
         ["method", "Brier", "PosBrier", "ECE", "WQL", "area", "Brier minus isotonic", "Brier minus logistic"], rows
