@@ -26,6 +26,27 @@ def make_picnn(
     return PicnnParams(wz=wz, heads=((normal(size, context_width) / context_width**0.5, normal(size)),), **options)  # type: ignore[arg-type]
 
 
+def make_inputs(
+    room: str, rows: int, columns: int, *, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> dict[str, object]:
+    """Keyword arguments of the room's op for ``rows`` contexts or questions and ``columns`` levels or quantiles.
+
+    picnn: params, context [rows, 5], levels [rows, columns] in [0, 1]. ias: quantiles [rows, columns], some of them
+    exactly 0, 1 and outside [0, 1]; target [rows]; n_max 64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(rows, columns, generator=generator, dtype=torch.float64)
+    if room == "picnn":
+        context = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+        params = make_picnn(5, (9, 6), dtype=dtype, seed=seed, curvature=True)
+        return {"params": params, "context": context.to(dtype), "levels": uniform.to(dtype)}
+    if room == "ias":
+        quantiles = (1.2 * uniform - 0.1).round(decimals=2).sort(1).values
+        target = 0.5 + 0.499 * torch.rand(rows, generator=generator, dtype=torch.float64)
+        return {"quantiles": quantiles.to(dtype), "target": target, "n_max": 64}
+    raise ValueError(f"room must be 'picnn' or 'ias', got {room!r}")
+
+
 def assert_within_budget(fast: Tensor, *, truth: Tensor, same_dtype: Tensor | None = None, slack: float = 1e-5) -> None:
     """``fast`` may not be further from the float64 ``truth`` than plain torch in the same dtype, plus ``slack`` of
     truth's scale.

@@ -15,8 +15,8 @@ import torch
 
 from prmfast._files import atomic_path, write_json, write_text
 from prmfast._progress import Bar, progress
-from prmfast.ops import picnn_map
-from prmfast.testing import assert_within_budget, make_picnn, poison
+from prmfast.ops import ias_budget, picnn_map
+from prmfast.testing import assert_within_budget, make_inputs, make_picnn, poison
 
 FILL = torch.utils.deterministic
 
@@ -174,3 +174,21 @@ def test_make_picnn_is_convex(options: dict[str, object]) -> None:
     assert torch.equal(picnn_map(again, context, x)[0], value)
     assert not torch.equal(picnn_map(other, context, x)[0], value)
     assert make_picnn(5, (7,), dtype=torch.float32).wz[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 13)], ids=str)
+def test_make_inputs_fits_every_room(shape: tuple[int, int]) -> None:
+    value, gradient = picnn_map(**make_inputs("picnn", *shape, seed=2))  # type: ignore[arg-type]
+    assert value.shape == gradient.shape == shape
+    given = make_inputs("ias", *shape, dtype=torch.float32, seed=2)
+    assert ias_budget(**given).shape == shape[:1]  # type: ignore[arg-type]
+    again = make_inputs("ias", *shape, dtype=torch.float32, seed=2)
+    assert torch.equal(again["quantiles"], given["quantiles"])  # type: ignore[arg-type]
+
+
+def test_make_inputs_covers_the_edges_and_names_an_unknown_room() -> None:
+    quantiles = make_inputs("ias", 50, 40)["quantiles"]
+    assert isinstance(quantiles, torch.Tensor)
+    assert bool((quantiles < 0).any() & (quantiles > 1).any() & (quantiles == 0).any() & (quantiles == 1).any())
+    with pytest.raises(ValueError, match="room must be 'picnn' or 'ias', got 'pool'"):
+        make_inputs("pool", 1, 1)

@@ -16,7 +16,7 @@ from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.ops import available, picnn_map, resolve
 from prmfast.ops._backends import load
 from prmfast.ops.picnn import context_stage
-from prmfast.testing import assert_within_budget, make_picnn, poison
+from prmfast.testing import assert_within_budget, make_inputs, make_picnn, poison
 
 BACKENDS = available("picnn")
 WIDTHS = {"one": (1,), "narrow": (1, 1), "odd": (7, 9, 6), "calibrator": (32, 32), "deep": (16, 16, 16, 16)}
@@ -109,15 +109,15 @@ def test_opcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend: str) -> None:
-    params = make_picnn(3, (4, 3), dtype=torch.float32)
-    context, levels = (t.float() for t in inputs(2, 3, width=3))
+    given = make_inputs("picnn", 2, 3, dtype=torch.float32)
 
     def function(context: Tensor, levels: Tensor) -> Tensor:
-        value, gradient = picnn_map(params, context, levels, backend=backend)
+        value, gradient = picnn_map(given["params"], context, levels, backend=backend)  # type: ignore[arg-type]
         return (value * gradient).sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(context, levels), function(context, levels))
+    points = given["context"], given["levels"]
+    torch.testing.assert_close(compiled(*points), function(*points))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
