@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON with everything the table shows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    machine = describe()  # before the first fit: the commit that runs, not the one at the end
     data = CalibrationData.from_traces(arguments.traces, arguments.unit)
     wanted = arguments.methods or [""]
     methods = [name for name in METHODS if name in REFERENCES or any(part in name for part in wanted)]
@@ -185,7 +186,7 @@ def main() -> None:
             "data": data.summary(),
             "folds": arguments.folds,
             "seeds": arguments.seeds,
-            "machine": describe(),
+            "machine": machine,
             "methods": {
                 name: {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
                 for name, row in rows.items()

@@ -42,6 +42,8 @@ METHODS: dict[str, Callable[[int], Calibrator]] = {
     "crps": lambda seed: CondOTCalibrator("crps", context="mlp", seed=seed),
     "dual": lambda seed: CondOTCalibrator("dual", context="mlp", seed=seed),
     "beta-binomial": lambda seed: BetaBinomialCalibrator(context="mlp", seed=seed),
+    "binomial, summary": lambda seed: CondOTCalibrator("binomial", context="summary", seed=seed),
+    "beta-binomial, summary": lambda seed: BetaBinomialCalibrator(context="summary", seed=seed),
 }
 
 
@@ -57,6 +59,7 @@ class Cell:
     success: float
     miss: float
     seconds: float
+    commit: str  # of the code that fitted it: a run that was cut off may go on with later code
 
 
 def judge(quantiles: Array, test: Rows, rollouts: int) -> dict[str, float]:
@@ -73,7 +76,7 @@ def judge(quantiles: Array, test: Rows, rollouts: int) -> dict[str, float]:
     }
 
 
-def run_cell(rows: int, rollouts: int, method: str, seed: int) -> Cell:
+def run_cell(rows: int, rollouts: int, method: str, seed: int, commit: str) -> Cell:
     rng = np.random.default_rng((rows, rollouts, seed))
     train = draw_rows(rows, WIDTH, rng).data(rollouts, rng)
     validation = draw_rows(rows // 4, WIDTH, rng).data(rollouts, rng)
@@ -84,7 +87,7 @@ def run_cell(rows: int, rollouts: int, method: str, seed: int) -> Cell:
     levels = (torch.arange(LEVELS) + 0.5) / LEVELS
     hidden, score = torch.tensor(test.hidden, dtype=torch.float32), torch.tensor(test.score, dtype=torch.float32)
     quantiles = calibrator.quantile(hidden, levels, score=score).double().numpy()
-    return Cell(rows, rollouts, method, seed, **judge(quantiles, test, rollouts), seconds=seconds)
+    return Cell(rows, rollouts, method, seed, **judge(quantiles, test, rollouts), seconds=seconds, commit=commit)
 
 
 def reference_rows(rollouts: int, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -137,6 +140,8 @@ def main() -> None:
     done: list[Cell] = []
     if arguments.output.exists():
         done = [Cell(**cell) for cell in json.loads(arguments.output.read_text())["cells"]]
+    machine = describe()  # before the first fit: the commit that runs, not the one at the end
+    commit = str(machine.pop("commit"))
     have = {(c.rows, c.rollouts, c.method, c.seed) for c in done}
     wanted = [
         (rows, rollouts, method, seed)
@@ -148,8 +153,8 @@ def main() -> None:
     with progress(len(wanted), "cells") as bar:
         for key in wanted:
             if key not in have:
-                done.append(run_cell(*key))
-                result = {"machine": describe(), "width": WIDTH, "cells": [asdict(c) for c in done]}
+                done.append(run_cell(*key, commit))
+                result = {"machine": machine, "width": WIDTH, "cells": [asdict(c) for c in done]}
                 write_text(arguments.output, json.dumps(result, indent=1) + "\n")
             bar.advance()
     show([c for c in done if c.method in arguments.methods], Console())

@@ -33,7 +33,8 @@ def signed(value: list[float]) -> str:
 def machine(result: dict[str, Any]) -> str:
     about = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return f"{about['cpu']}, one thread, {versions}, commit {about['commit']}"
+    commits = {cell["commit"] for cell in result["cells"]} if "cells" in result else {about["commit"]}
+    return f"{about['cpu']}, one thread, {versions}, commit {', '.join(sorted(commits))}"
 
 
 def calibration_real(result: dict[str, Any]) -> str:
