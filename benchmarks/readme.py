@@ -71,21 +71,20 @@ def calibration_synthetic(result: dict[str, Any]) -> str:
 
 
 def replay_real(result: dict[str, Any]) -> str:
-    wanted = [row for row in result["frontier"] if row["target"] is not None]
-    targets = sorted({row["target"] for row in wanted})
+    targets = {row["target"] for row in result["frontier"] if row["target"] is not None}
     chosen = min(targets, key=lambda target: abs(target - 0.9))
     rows = [
         [
             row["method"],
-            f"{row['target']:.3f}",
+            "" if row["target"] is None else f"{row['target']:.3f}",
             f"{row['asked']:.1f}",
             f"{row['spent']:.1f}",
             interval([row["success"], row["success_low"], row["success_high"]]),
             f"{row['pool_limited']:.0%}",
             "" if row["open_success"] is None else f"{row['open_success']:.3f}",
         ]
-        for row in wanted
-        if row["target"] == chosen
+        for row in result["frontier"]
+        if row["target"] in (None, chosen)
     ]
     size = result["size"]
     about = f"{size['questions']} questions, {size['pairs']} question-policy pairs, {size['stored']} stored samples"
