@@ -53,6 +53,7 @@ def calibration_real(result: dict[str, Any]) -> str:
 
 def calibration_synthetic(result: dict[str, Any]) -> str:
     cells = [Cell(**cell) for cell in result["cells"]]
+    seeds = len({c.seed for c in cells})
     columns = ("w1_p", "w1_share", "mean_n", "success", "miss")
     rows: list[list[str]] = []
     for count in sorted({c.rows for c in cells}):
@@ -62,9 +63,12 @@ def calibration_synthetic(result: dict[str, Any]) -> str:
             rows.append([f"{count:,} x {rollouts}", "true law of p", *(f"{known[c]:.3g}" for c in columns)])
             for method in dict.fromkeys(c.method for c in some):
                 mine = [c for c in some if c.method == method]
+                if len(mine) < 2:
+                    continue  # no interval
+                if len(mine) < seeds:
+                    method = f"{method} ({len(mine)} seeds)"
                 shown = [mean_interval([getattr(c, name) for c in mine]) for name in columns]
                 rows.append(["", method, *(f"{m:.3g} ± {h:.1g}" for m, h in shown)])
-    seeds = len({c.seed for c in cells})
     return f"{seeds} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(
         ["rows x rollouts", "method", "W1 to p", "W1 to k/n", "mean N", "success", "miss"], rows
     )

@@ -49,7 +49,7 @@ def test_every_file_is_there(done: tuple[DemoResult, Path, str]) -> None:
     files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     assert files == {
         *("index.html", "traces.parquet", "frontier.json", "study/study.json"),
-        *("reliability.png", "quantiles.png", "frontier.png", "pit.png"),
+        *("reliability.png", "quantiles.png", "targets.png", "frontier.png", "pit.png"),
         *(
             f"study/{unit}/{method}/{name}"
             for unit in ("prefix", "question")
@@ -57,7 +57,7 @@ def test_every_file_is_there(done: tuple[DemoResult, Path, str]) -> None:
             for name in ("config.json", "model.safetensors")
         ),
     }
-    for name in ("reliability", "quantiles", "frontier", "pit"):
+    for name in ("reliability", "quantiles", "targets", "frontier", "pit"):
         assert (directory / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     table = read_traces(directory / "traces.parquet")
     assert (table.num_rows, len(set(table["question_id"].to_pylist()))) == (100, 50)
