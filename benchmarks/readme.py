@@ -63,10 +63,8 @@ def calibration_synthetic(result: dict[str, Any]) -> str:
             rows.append([f"{count:,} x {rollouts}", "true law of p", *(f"{known[c]:.3g}" for c in columns)])
             for method in dict.fromkeys(c.method for c in some):
                 mine = [c for c in some if c.method == method]
-                if len(mine) < 2:
-                    continue  # no interval
                 if len(mine) < seeds:
-                    method = f"{method} ({len(mine)} seeds)"
+                    continue  # a run that was cut off
                 shown = [mean_interval([getattr(c, name) for c in mine]) for name in columns]
                 rows.append(["", method, *(f"{m:.3g} ± {h:.1g}" for m, h in shown)])
     return f"{seeds} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(
