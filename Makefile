@@ -29,8 +29,9 @@ lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## the calibration benchmarks: real traces (TRACES=...), then the synthetic law
+bench: $(READY)  ## the benchmarks behind the README's tables: real traces (TRACES=...), then the synthetic law
 	$(BIN)/python -m benchmarks.calibration_real $(TRACES) --output benchmarks/results/calibration_real.json
+	$(BIN)/python -m benchmarks.replay_real $(TRACES) --output benchmarks/results/replay_real.json
 	$(BIN)/python -m benchmarks.calibration_synthetic
 
 gpu:  ## builds the CUDA sources in place and runs the suite with PYTHON's own torch, which must see a GPU
