@@ -8,7 +8,6 @@
 #include <new>
 
 #define PRMFAST_INLINE inline __attribute__((always_inline))
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors only cross inlined calls
 
 namespace prmfast {
 

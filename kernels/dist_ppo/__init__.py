@@ -1,0 +1,1 @@
+"""Room dist_ppo: the clipped policy loss over the candidate tokens of every row, and its gradient."""
