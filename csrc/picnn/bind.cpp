@@ -21,35 +21,38 @@ std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
 }
 
 template <class T>
-Inputs<T> inputs(uintptr_t coefficients, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz, int64_t rows,
-                 int64_t m) {
-  return {pointer<const T>(coefficients), pointer<const T>(levels), level_stride, pointers<const T>(wz), rows, m};
+Inputs<T> inputs(uintptr_t rows, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz, int64_t count, int64_t m) {
+  return {pointer<const T>(rows), pointer<const T>(levels), level_stride, pointers<const T>(wz), count, m};
 }
 
 void bind_shape(py::module_& m) {
   py::class_<Shape>(m, "Shape")
-      .def(py::init([](std::vector<int64_t> widths, int activation, double negative_slope, bool square_first) {
-             return Shape{std::move(widths), static_cast<Activation>(activation), negative_slope, square_first};
+      .def(py::init([](std::vector<int64_t> widths, bool leaky_relu, double negative_slope, bool square_first, bool relu_gate,
+                       bool curvature, double curvature_floor) {
+             return Shape{std::move(widths), leaky_relu ? Activation::kLeakyRelu : Activation::kSoftplus, negative_slope, square_first,
+                          relu_gate ? Gate::kRelu : Gate::kSoftplus, curvature, curvature_floor};
            }),
-           py::arg("widths"), py::arg("activation"), py::arg("negative_slope"), py::arg("square_first"))
+           py::kw_only(), py::arg("widths"), py::arg("leaky_relu"), py::arg("negative_slope"), py::arg("square_first"),
+           py::arg("relu_gate"), py::arg("curvature"), py::arg("curvature_floor"))
       .def_property_readonly("row", &Shape::row);
 }
 
 template <class T>
 void bind_type(py::module_& m, const char* suffix) {
   m.def((std::string("forward_") + suffix).c_str(),
-        [](const Shape& shape, uintptr_t coefficients, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz,
-           int64_t rows, int64_t m, uintptr_t value, uintptr_t gradient, int threads) {
+        [](const Shape& shape, uintptr_t rows, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz, int64_t count,
+           int64_t m, double tolerance, uintptr_t value, uintptr_t gradient, int threads) {
           py::gil_scoped_release release;
-          forward<T>(shape, inputs<T>(coefficients, levels, level_stride, wz, rows, m), pointer<T>(value), pointer<T>(gradient), threads);
+          forward<T>(shape, inputs<T>(rows, levels, level_stride, wz, count, m), tolerance, pointer<T>(value), pointer<T>(gradient),
+                     threads);
         });
   m.def((std::string("backward_") + suffix).c_str(),
-        [](const Shape& shape, uintptr_t coefficients, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz,
-           int64_t rows, int64_t m, uintptr_t grad_value, uintptr_t grad_gradient, uintptr_t d_coefficients, uintptr_t d_levels,
+        [](const Shape& shape, uintptr_t rows, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz, int64_t count,
+           int64_t m, uintptr_t grad_value, uintptr_t grad_gradient, uintptr_t d_rows, uintptr_t d_levels,
            const std::vector<uintptr_t>& d_wz, int threads) {
           py::gil_scoped_release release;
-          backward<T>(shape, inputs<T>(coefficients, levels, level_stride, wz, rows, m), pointer<const T>(grad_value),
-                      pointer<const T>(grad_gradient), pointer<T>(d_coefficients), pointer<T>(d_levels), pointers<T>(d_wz), threads);
+          backward<T>(shape, inputs<T>(rows, levels, level_stride, wz, count, m), pointer<const T>(grad_value),
+                      pointer<const T>(grad_gradient), pointer<T>(d_rows), pointer<T>(d_levels), pointers<T>(d_wz), threads);
         });
 }
 

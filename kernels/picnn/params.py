@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ GATES = ("softplus", "relu")
 CONTEXT_ACTIVATIONS = ("silu", "relu", "tanh")
 
 Linear = tuple[Tensor, Tensor]  # weight [out, in], bias [out]
+
+
+class LevelOptions(NamedTuple):
+    """What the levels stage needs beside tensors; the fields of `PicnnParams` of the same names."""
+
+    activation: str = "softplus"
+    negative_slope: float = 0.2
+    square_first: bool = False
+    gate: str = "softplus"
+    curvature: bool = False
+    curvature_floor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +71,11 @@ class PicnnParams:
         first = (*self.encoder, *self.transitions, *self.heads)[0]
         return int(first[0].shape[1])
 
+    @property
+    def options(self) -> LevelOptions:
+        """What the levels stage reads beside the coefficient rows and wz."""
+        return LevelOptions(*(getattr(self, name) for name in LevelOptions._fields))
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Every weight, in a fixed order."""
         pairs = (*self.encoder, *self.transitions, *self.heads)
@@ -81,7 +98,11 @@ class PicnnParams:
 
 @dataclass(frozen=True, slots=True)
 class CoefficientLayout:
-    """Where slope v_i, offset c_i and gate_i stand in a row [v_0 c_0 .. v_L c_L | gate_1 .. gate_L | kappa]."""
+    """Where slope v_i, offset c_i and gate_i stand in a row [v_0 c_0 .. v_L c_L | gate_1 .. gate_L | kappa].
+
+    A raw row is what the affine heads make; gates and kappa go through their activations in the levels stage. Without
+    curvature a raw row ends before kappa.
+    """
 
     widths: tuple[int, ...]  # k_0 .. k_{L-1}, 1
 

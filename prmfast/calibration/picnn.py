@@ -69,20 +69,18 @@ class ConditionalPicnn(nn.Module):
     def _layers(self) -> list[nn.Linear]:
         return [layer for layer in self.encoder if isinstance(layer, nn.Linear)]
 
-    def encode(self, context: Tensor) -> Tensor:
-        """u0 [B, u], with dropout in training mode."""
-        u = context
-        for layer in self._layers():
-            u = F.dropout(F.silu(layer(u)), self.dropout, self.training)
-        return u
-
     def at(self, u0: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Value and map [B, M] at ``levels`` from encoded contexts."""
         return picnn_map(self.params(with_encoder=False), u0, levels)
 
     def forward(self, context: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and map [B, M]."""
-        return self.at(self.encode(context), levels)
+        """Value and map [B, M], with dropout in training mode."""
+        masks = []
+        if self.training and self.dropout > 0:
+            keep = 1.0 - self.dropout
+            sizes = [layer.out_features for layer in self._layers()]
+            masks = [context.new_empty(len(context), size).bernoulli_(keep).div_(keep) for size in sizes]
+        return picnn_map(self.params(), context, levels, encoder_scale=masks)
 
     @torch.no_grad()
     def initialise(self, curve: Curve, *, generator: torch.Generator) -> None:

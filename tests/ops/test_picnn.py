@@ -92,19 +92,22 @@ def test_opcheck(backend: str) -> None:
     context, levels = inputs(2, 3, width=3)
     for expand in (False, True):
         points = levels[:1].expand(2, -1) if expand else levels
-        arguments = (
-            context_stage(params, context).requires_grad_(),
-            points,
-            list(params.wz),
-            "softplus",
-            0.2,
-            False,
-            backend,
-        )
+        rows = context_stage(params, context).requires_grad_()
+        arguments = (rows, points, list(params.wz), *params.options, 1e-5, backend)
         torch.library.opcheck(torch.ops.prmfast.picnn_levels.default, arguments)
-    coefficients = context_stage(params, context)
-    backward = (levels, levels, coefficients, levels, list(params.wz), "softplus", 0.2, False, backend)
+    rows, wz = context_stage(params, context), list(params.wz)
+    backward = (levels, levels, rows, levels, wz, *params.options, backend)
     torch.library.opcheck(torch.ops.prmfast.picnn_levels_backward.default, backward)
+    linears = [torch.randn(4, 3).double(), torch.randn(4).double(), torch.randn(*rows.shape[1:], 4).double(), rows[0]]
+    scales, before = [torch.rand(2, 4).double()], [torch.randn(2, 4).double()]
+    for context_gradient in (False, True):
+        leaf = context.clone().requires_grad_(context_gradient)
+        learnt = [t.detach().clone().requires_grad_() for t in linears]
+        network = (leaf, levels, learnt, scales, wz, "silu", *params.options, 1e-5, backend)
+        torch.library.opcheck(torch.ops.prmfast.picnn_network.default, network)
+        backward = (levels, levels, context, levels, linears, scales, wz, rows, before, "silu", context_gradient)
+        opcheck_arguments = (*backward, *params.options, backend)
+        torch.library.opcheck(torch.ops.prmfast.picnn_network_backward.default, opcheck_arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -138,7 +141,7 @@ def test_rows_do_not_depend_on_the_batch(backend: str) -> None:
     coefficients = context_stage(params, context)
 
     def run(rows: slice) -> Tensor:
-        arguments = (coefficients[rows], levels[rows], list(params.wz), "softplus", 0.2, False, backend)
+        arguments = (coefficients[rows], levels[rows], list(params.wz), *params.options, 1e-5, backend)
         return torch.ops.prmfast.picnn_levels(*arguments)[1]
 
     assert torch.equal(run(slice(None))[3], run(slice(3, 4))[0])

@@ -1,81 +1,127 @@
-"""Room picnn on the compiled CPU backend."""
+"""Room picnn on the compiled CPU backend: the extension runs the levels stage, torch the GEMMs of the context stage."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from prmfast.kernels.picnn.params import LevelOptions
+from prmfast.kernels.picnn.reference import context_activation
 from prmfast.ops._cpu._extension import _C
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 @functools.lru_cache(maxsize=256)
-def _shape(widths: tuple[int, ...], activation: str, negative_slope: float, square_first: bool) -> object:
-    slope = negative_slope if activation == "leaky_relu" else 0.0
-    return _C.picnn.Shape(widths, 0 if activation == "softplus" else 1, slope, square_first)
+def _shape(widths: tuple[int, ...], options: LevelOptions) -> object:
+    return _C.picnn.Shape(
+        widths=widths,
+        leaky_relu=options.activation != "softplus",
+        negative_slope=options.negative_slope if options.activation == "leaky_relu" else 0.0,
+        square_first=options.square_first,
+        relu_gate=options.gate == "relu",
+        curvature=options.curvature,
+        curvature_floor=options.curvature_floor,
+    )
 
 
 def _arguments(
-    coefficients: Tensor, levels: Tensor, wz: list[Tensor], activation: str, negative_slope: float, square_first: bool
+    rows: Tensor, levels: Tensor, wz: Sequence[Tensor], options: LevelOptions
 ) -> tuple[tuple[object, ...], list[Tensor]]:
     """The leading arguments of both entry points, and the contiguous tensors that must outlive the call."""
     widths = (*(int(w.shape[1]) for w in wz), 1)
-    shared = levels.shape[0] > 1 and levels.stride(0) == 0
+    count, m = levels.shape
+    shared = count > 1 and levels.stride(0) == 0
     held = [
-        coefficients.contiguous(),
+        rows.contiguous(),
         levels[:1].contiguous() if shared else levels.contiguous(),
         *(w.contiguous() for w in wz),
     ]
-    rows, m = levels.shape
-    shape = _shape(widths, activation, negative_slope, square_first)
     pointers = [t.data_ptr() for t in held]
-    return (shape, pointers[0], pointers[1], 0 if shared else m, pointers[2:], rows, m), held
+    return (_shape(widths, options), pointers[0], pointers[1], 0 if shared else m, pointers[2:], count, m), held
 
 
 def picnn_levels(
-    coefficients: Tensor,
-    levels: Tensor,
-    wz: list[Tensor],
-    *,
-    activation: str,
-    negative_slope: float,
-    square_first: bool,
+    rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """See the reference."""
-    arguments, _held = _arguments(coefficients, levels, wz, activation, negative_slope, square_first)
-    value, gradient = torch.empty_like(levels, memory_format=torch.contiguous_format), levels.new_empty(levels.shape)
+    arguments, _held = _arguments(rows, levels, wz, options)
+    value, gradient = levels.new_empty(levels.shape), levels.new_empty(levels.shape)
     run = getattr(_C.picnn, f"forward_{_SUFFIX[levels.dtype]}")
-    run(*arguments, value.data_ptr(), gradient.data_ptr(), torch.get_num_threads())
+    run(*arguments, tolerance, value.data_ptr(), gradient.data_ptr(), torch.get_num_threads())
     return value, gradient
 
 
 def picnn_levels_backward(
-    grad_value: Tensor,
-    grad_gradient: Tensor,
-    coefficients: Tensor,
-    levels: Tensor,
-    wz: list[Tensor],
-    *,
-    activation: str,
-    negative_slope: float,
-    square_first: bool,
+    grads: tuple[Tensor, Tensor], rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See the reference."""
-    arguments, _held = _arguments(coefficients, levels, wz, activation, negative_slope, square_first)
-    incoming = [grad_value.contiguous(), grad_gradient.contiguous()]
-    d_coefficients = coefficients.new_empty(coefficients.shape)
-    d_levels = levels.new_empty(levels.shape)
+    """d rows, d levels and d wz of sum(value * grads[0] + gradient * grads[1])."""
+    arguments, _held = _arguments(rows, levels, wz, options)
+    incoming = [grad.contiguous() for grad in grads]
+    d_rows, d_levels = rows.new_empty(rows.shape), levels.new_empty(levels.shape)
     d_wz = [w.new_empty(w.shape) for w in wz]
     run = getattr(_C.picnn, f"backward_{_SUFFIX[levels.dtype]}")
     run(
         *arguments,
         *(t.data_ptr() for t in incoming),
-        d_coefficients.data_ptr(),
+        d_rows.data_ptr(),
         d_levels.data_ptr(),
         [w.data_ptr() for w in d_wz],
         torch.get_num_threads(),
     )
-    return d_coefficients, d_levels, d_wz
+    return d_rows, d_levels, d_wz
+
+
+def picnn_context(
+    context: Tensor, linears: Sequence[Tensor], scales: Sequence[Tensor], *, activations: Sequence[str]
+) -> tuple[Tensor, list[Tensor]]:
+    """Raw rows [B, P], and what each layer of the encoder makes before its activation.
+
+    linears: weight and bias of every layer, the head last. activations: one a layer of the encoder, "none" for none.
+    """
+    u, before = context, []
+    for i, name in enumerate(activations):
+        before.append(torch.addmm(linears[2 * i + 1], u, linears[2 * i].t()))
+        u = _layer_output(before[i], name, scales[i] if scales else None)
+    return torch.addmm(linears[-1], u, linears[-2].t()), before
+
+
+def picnn_context_backward(
+    d_rows: Tensor,
+    context: Tensor,
+    linears: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    before: Sequence[Tensor],
+    *,
+    activations: Sequence[str],
+    context_gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """d context (empty unless wanted) and d linears."""
+    d_linears: list[Tensor] = []
+    d_out = d_rows
+    for i in range(len(activations), -1, -1):  # the layer that made d_out; the head is the last
+        scale = scales[i - 1] if scales and i else None
+        u = _layer_output(before[i - 1], activations[i - 1], scale) if i else context
+        d_linears[:0] = [d_out.t() @ u, d_out.sum(0)]
+        if i == 0:
+            break
+        d_u = d_out @ linears[2 * i]
+        d_out = _activation_backward(d_u if scale is None else d_u * scale, before[i - 1], activations[i - 1])
+    return d_out @ linears[0] if context_gradient else context.new_empty(0), d_linears
+
+
+def _layer_output(before: Tensor, name: str, scale: Tensor | None) -> Tensor:
+    u = before if name == "none" else context_activation(before, name)
+    return u if scale is None else u * scale
+
+
+def _activation_backward(grad: Tensor, before: Tensor, name: str) -> Tensor:
+    if name == "silu":
+        out: Tensor = torch.ops.aten.silu_backward(grad, before)
+        return out
+    if name == "relu":
+        return grad * (before > 0)
+    return grad * (1 - torch.tanh(before).square()) if name == "tanh" else grad
