@@ -1,7 +1,7 @@
 // Dual numbers in registers: value and tangent side by side, a row of coefficients in every lane, or a level where rows are few.
 //
-// With softplus the gradient is analytic in the level. A row is then evaluated at 13, 25 or 49 nested Chebyshev-Lobatto points of
-// its levels' range and interpolated; the trailing coefficients estimate the error, and a row that no rung satisfies is
+// With softplus the gradient is analytic in the level. A row is then evaluated at 25 or 49 nested Chebyshev-Lobatto points of its
+// levels' range and interpolated; the trailing coefficients estimate the error, and a row that no rung satisfies is
 // evaluated directly. Every decision is a row's own, so that no row depends on its neighbours.
 #include <cmath>
 
@@ -21,12 +21,11 @@ int64_t Shape::row() const { return kappa() + (curvature ? 1 : 0); }
 
 namespace {
 
-constexpr int kFinest = 48;  // intervals of the finest rung; a coarser rung takes every second or fourth of its points
-constexpr int kRungs = 3;
-constexpr int kRungOf[kRungs] = {12, 24, 48};
+constexpr int kFinest = 48;  // intervals of the finest rung; the coarser rung takes every second of its points
+constexpr int kRungs = 2;
+constexpr int kRungOf[kRungs] = {24, 48};  // with 13 points, details between two of them passed unseen
 constexpr int kPoints = kFinest + 1;
 constexpr int kPadded = 64;
-constexpr float kSafety = 3.0f;    // the largest of the last three coefficients is at least a third of the error
 constexpr int kChunk = 128;        // levels whose results wait to be transposed
 constexpr double kWorth = 0.75;    // a rung is tried if it needs at most this share of the direct evaluations
 
@@ -103,6 +102,25 @@ PRMFAST_INLINE Lanes<float> clenshaw(const float* series, int n, Lanes<float> t)
   return (splat(series[0]) - two) + t * one;
 }
 
+// The largest coefficient of the middle third of a series, and of its last two sixths.
+template <class Number>
+struct Tail {
+  Number middle, fifth, sixth;
+};
+
+// Whether a series of n + 1 coefficients is cut late enough. Two guesses of what was cut, each from how fast it falls: from the
+// fifth sixth to the last (three times a geometric series of that ratio), and from the middle third to the last (what a further
+// third would add up to, twice). Both have to be allowed: a detail between the points shows as a plateau in one of them. A series
+// that has reached the noise of rounding falls no further: then a whole series of such terms has to be allowed.
+template <class Number>
+PRMFAST_INLINE auto cut_late_enough(const Tail<Number>& tail, Number allowed, int n) {
+  const float terms = static_cast<float>(n);
+  const Number last = tail.fifth > tail.sixth ? tail.fifth : tail.sixth;
+  const auto falls = (tail.sixth < tail.fifth) & (terms * tail.sixth * tail.sixth <= allowed * (tail.fifth - tail.sixth)) &
+                     (last < tail.middle) & (terms * last * last <= allowed * tail.middle);
+  return falls | (2 * terms * last <= allowed);
+}
+
 // The range of the levels of a row in every lane.
 struct Range {
   Lanes<float> middle, half;
@@ -134,7 +152,8 @@ PRMFAST_INLINE int interpolate_tile(const Plan<float>& plan, const Options& opti
       const Lanes<float> x = range.middle + range.half * table.node[at];
       forward_point<float, kUnits, false>(plan, row, x, ws.tape, ws.value_at[at], ws.gradient_at[at]);
     }
-    Lanes<float> scale{}, last[3];
+    Lanes<float> scale{};
+    Tail<Lanes<float>> tail{};
     for (int j = 0; j <= n; ++j) scale += absolute<float>(ws.gradient_at[j * stride]);
     Lanes<float> gradient_coefficient[kPoints];
     for (int k = 0; k <= n; ++k) {
@@ -142,10 +161,12 @@ PRMFAST_INLINE int interpolate_tile(const Plan<float>& plan, const Options& opti
       for (int j = 0; j <= n; ++j) sum += table.matrix[r][j][k] * ws.gradient_at[j * stride];
       gradient_coefficient[k] = sum;
     }
-    for (int i = 0; i < 3; ++i) last[i] = absolute<float>(gradient_coefficient[n - i]);
-    const Lanes<float> estimate = kSafety * larger<float>(larger<float>(last[0] + last[0], last[1]), last[2]);
+    for (int k = n / 3 + 1; k <= n; ++k) {
+      Lanes<float>& part = k <= 2 * n / 3 ? tail.middle : k <= 5 * n / 6 ? tail.fifth : tail.sixth;
+      part = larger<float>(part, absolute<float>(gradient_coefficient[k]));
+    }
     const Lanes<float> allowed = scale * (static_cast<float>(options.tolerance) / (n + 1));
-    const Lanes<int32_t> now = (estimate <= allowed) & ~done;
+    const Lanes<int32_t> now = cut_late_enough(tail, allowed, n) & ~done;
     bool some = false, all = true;
     for (int l = 0; l < kWidth<float>; ++l) some = some || now[l], all = all && (now[l] || done[l]);
     if (some) {
@@ -255,10 +276,13 @@ PRMFAST_INLINE int interpolate_row(const Plan<float>& plan, const Options& optio
     };
     series(gradient_at, gradient_series);
     float scale = 0;
+    Tail<float> tail{};
     for (int j = 0; j <= n; ++j) scale += std::fabs(gradient_at[j * stride]);
-    const float a = std::fabs(gradient_series[n]), b = std::fabs(gradient_series[n - 1]), c = std::fabs(gradient_series[n - 2]);
-    const float two = a + a, larger_two = two > b ? two : b, estimate = kSafety * (larger_two > c ? larger_two : c);
-    if (estimate <= scale * (static_cast<float>(options.tolerance) / (n + 1))) {
+    for (int k = n / 3 + 1; k <= n; ++k) {
+      float& part = k <= 2 * n / 3 ? tail.middle : k <= 5 * n / 6 ? tail.fifth : tail.sixth;
+      part = std::max(part, std::fabs(gradient_series[k]));
+    }
+    if (cut_late_enough(tail, scale * (static_cast<float>(options.tolerance) / (n + 1)), n)) {
       series(value_at, value_series);
       return n;
     }

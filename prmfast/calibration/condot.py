@@ -21,7 +21,7 @@ from prmfast.calibration.network import (
     default_learning_rate,
 )
 from prmfast.calibration.picnn import ConditionalPicnn, Curve, beta_quantiles, smoothed_quantiles
-from prmfast.ops import picnn_map
+from prmfast.ops import PicnnStep, picnn_map
 
 Objective = Literal["binomial", "crps", "dual"]
 Link = Literal["sigmoid", "clip"]
@@ -150,7 +150,7 @@ class _DirectFit(NetworkFit):
         steps: int,
         generator: torch.Generator,
     ) -> None:
-        self.owner, self.network = owner, networks[0]
+        self.owner, self.network, self.conjugate = owner, networks[0], networks[-1]
         usual = _DUAL_RATE if owner.objective == "dual" else default_learning_rate(len(data.train))
         super().__init__(networks, data, rate=owner.learning_rate or usual, steps=steps, generator=generator)
         self.target = data.train.target
@@ -165,13 +165,21 @@ class _DirectFit(NetworkFit):
             schedule.step()
 
     def _descend_on(self, step: int, rows: Tensor, levels: Tensor) -> None:
-        mapped = self._map(self.data.context[rows], levels)
+        taken = self.network.step(self.data.context[rows], levels)
+        mapped = self.owner._apply_link(taken.gradient)
         if self.owner.objective == "binomial":
             successes, trials = self.data.train.successes[rows].float(), self.data.train.trials[rows].float()
-            loss = objectives.binomial_nll(mapped, successes, trials)
+            grad = objectives.binomial_nll_gradient(mapped, successes, trials)
         else:
-            loss = objectives.pinball(mapped, self.target[rows], levels)
-        self.descend(0, loss)
+            grad = objectives.pinball_gradient(mapped, self.target[rows], levels)
+        self._update_map(taken, mapped, grad)
+
+    def _update_map(self, taken: PicnnStep, mapped: Tensor, grad: Tensor) -> None:
+        """One step of the map's network, given d loss / d ``mapped``."""
+        if self.owner.link == "sigmoid":
+            grad = grad * mapped * (1.0 - mapped)
+        self.network.take(taken.backward(grad_gradient=grad))
+        self.update(0)
 
     def _map(self, context: Tensor, levels: Tensor) -> Tensor:
         return self.owner._apply_link(self.network(context, levels)[1])
@@ -199,17 +207,20 @@ class _DualFit(_DirectFit):
     """The min-max of [D] eq. 2 and 3: the map's potential against its conjugate."""
 
     def _descend_on(self, step: int, rows: Tensor, levels: Tensor) -> None:
-        conjugate, context = self.networks[1], self.data.context[rows]
+        conjugate, context = self.conjugate, self.data.context[rows]
         if self.owner.source == "score":
             levels = self._score_levels()[rows].unsqueeze(1)
-        mapped = self._map(context, levels)
-        self.descend(0, objectives.dual_map_loss(conjugate(context, mapped)[0], mapped, levels))
+        taken = self.network.step(context, levels)
+        mapped = self.owner._apply_link(taken.gradient)
+        slope = conjugate.step(context, mapped).gradient
+        self._update_map(taken, mapped, objectives.dual_map_gradient(slope, levels))
         if step % _CONJUGATE_EVERY == 0:
             with torch.no_grad():
                 mapped = self._map(context, levels)
-            points = torch.cat([self.target[rows].unsqueeze(1), mapped], 1)
-            value, _ = conjugate(context, points)
-            self.descend(1, objectives.dual_conjugate_loss(value[:, :1], value[:, 1:]))
+            target = self.target[rows].unsqueeze(1)
+            taken = conjugate.step(context, torch.cat([target, mapped], 1))
+            conjugate.take(taken.backward(grad_value=objectives.dual_conjugate_gradient(target, mapped)))
+            self.update(1)
 
     def _score_levels(self) -> Tensor:
         """The rank of each training row's own score as a level in (0, 1)."""

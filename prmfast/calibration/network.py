@@ -65,10 +65,14 @@ class NetworkFit(abc.ABC):
         return torch.randint(rows, (min(size, rows),), generator=self.generator).to(self.data.context.device)
 
     def descend(self, which: int, loss: Tensor) -> None:
-        """One clipped step of a network; gradients that are not finite are dropped."""
+        """One clipped step of a network down a loss that autograd knows."""
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self.update(which)
+
+    def update(self, which: int) -> None:
+        """One clipped step of a network along the gradients that it holds; what is not finite is dropped."""
         norm = torch.nn.utils.clip_grad_norm_(self.networks[which].parameters(), 1.0)
         if math.isfinite(float(norm)):
             self.optimisers[which].step()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prmfast.kernels.picnn.params import CoefficientLayout, PicnnParams
-from prmfast.ops import picnn_map
+from prmfast.ops import PicnnGradients, PicnnStep, picnn_map, picnn_step
 
 KNOT_STEEPNESS = 12.0  # slope of the first layer's units: a knot is about 1/6 wide
 CONTEXT_SCALE = 0.1  # of the head's initial weights: the first map hardly depends on the context
@@ -75,12 +75,28 @@ class ConditionalPicnn(nn.Module):
 
     def forward(self, context: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Value and map [B, M], with dropout in training mode."""
-        masks = []
-        if self.training and self.dropout > 0:
-            keep = 1.0 - self.dropout
-            sizes = [layer.out_features for layer in self._layers()]
-            masks = [context.new_empty(len(context), size).bernoulli_(keep).div_(keep) for size in sizes]
-        return picnn_map(self.params(), context, levels, encoder_scale=masks)
+        return picnn_map(self.params(), context, levels, encoder_scale=self._dropout_masks(context))
+
+    @torch.no_grad()
+    def step(self, context: Tensor, levels: Tensor) -> PicnnStep:
+        """The same without an autograd graph; the step's gradients go to `take`."""
+        return picnn_step(self.params(), context, levels, encoder_scale=self._dropout_masks(context))
+
+    @torch.no_grad()
+    def take(self, gradients: PicnnGradients) -> None:
+        """Sets the ``grad`` of every parameter."""
+        for raw, grad in zip(self.raw_wz, gradients.wz, strict=True):
+            raw.grad = grad * torch.sigmoid(raw)  # wz = softplus(raw)
+        linears = [tensor for layer in (*self._layers(), self.head) for tensor in (layer.weight, layer.bias)]
+        for parameter, grad in zip(linears, gradients.linears, strict=True):
+            parameter.grad = grad
+
+    def _dropout_masks(self, context: Tensor) -> list[Tensor]:
+        if not self.training or self.dropout == 0:
+            return []
+        keep = 1.0 - self.dropout
+        sizes = [layer.out_features for layer in self._layers()]
+        return [context.new_empty(len(context), size).bernoulli_(keep).div_(keep) for size in sizes]
 
     @torch.no_grad()
     def initialise(self, curve: Curve, *, generator: torch.Generator) -> None:

@@ -3,6 +3,17 @@
 from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.ops._backends import available, resolve
 from prmfast.ops.ias import ias_allocate, ias_budget, ias_curve
-from prmfast.ops.picnn import picnn_map
+from prmfast.ops.picnn import PicnnGradients, PicnnStep, picnn_map, picnn_step
 
-__all__ = ["PicnnParams", "available", "ias_allocate", "ias_budget", "ias_curve", "picnn_map", "resolve"]
+__all__ = [
+    "PicnnGradients",
+    "PicnnParams",
+    "PicnnStep",
+    "available",
+    "ias_allocate",
+    "ias_budget",
+    "ias_curve",
+    "picnn_map",
+    "picnn_step",
+    "resolve",
+]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -213,6 +214,46 @@ torch.library.register_autograd("prmfast::picnn_levels", _levels_autograd, setup
 torch.library.register_autograd("prmfast::picnn_network", _network_autograd, setup_context=_network_setup, lib=LIBRARY)
 
 
+class _Call(NamedTuple):
+    """The checked arguments of one call, in the dtype to compute in."""
+
+    params: PicnnParams
+    context: Tensor
+    levels: Tensor  # [B, M]
+    scales: list[Tensor]
+
+    def linears(self) -> list[Tensor]:
+        """Weight and bias of every layer of the encoder, then the head's."""
+        return [tensor for pair in (*self.params.encoder, *self.params.heads) for tensor in pair]
+
+    def activations(self) -> str:
+        """As the schema carries them."""
+        names = [self.params.encoder_activation] * len(self.params.encoder)
+        if names and not self.params.encoder_output_activation:
+            names[-1] = _NO_ACTIVATION
+        return ",".join(names)
+
+
+def _checked(
+    op: str, params: PicnnParams, context: Tensor, levels: Tensor, scales: Sequence[Tensor], tolerance: float
+) -> _Call:
+    check = Check(op)
+    check.tensor("context", context, ndim=2)
+    check.tensor("levels", levels, ndim=(1, 2))
+    check.same_device("context", context, levels=levels)
+    dtype = _check_params(check, params, context)
+    _check_scales(check, params, context, scales)
+    if not tolerance >= 0:
+        raise ValueError(f"{op}: tolerance must be >= 0, got {tolerance}")
+    if levels.ndim == 1:
+        levels = levels.expand(context.shape[0], -1)
+    elif levels.shape[0] != context.shape[0]:
+        raise ValueError(f"{op}: levels must have {context.shape[0]} rows like context, got {levels.shape[0]}")
+    if params.wz[0].dtype != dtype:
+        params = params.to(dtype=dtype)
+    return _Call(params, context.to(dtype), levels.to(dtype), [scale.to(dtype) for scale in scales])
+
+
 def picnn_map(
     params: PicnnParams,
     context: Tensor,
@@ -235,7 +276,7 @@ def picnn_map(
         levels: [M], the same for every row, or [B, M].
         encoder_scale: (), or one [B, w] for each layer of params.encoder, multiplied into its output: dropout masks
             divided by the share that is kept. Not differentiated.
-        tolerance: float32 and softplus: a row with many levels may be evaluated at 13, 25 or 49 Chebyshev points and
+        tolerance: float32 and softplus: a row with many levels may be evaluated at 25 or 49 Chebyshev points and
             interpolated where the estimated error of its gradient is below this times its mean magnitude; 0 never
             interpolates.
         backend: "auto" | "reference" | "cpu".
@@ -249,43 +290,134 @@ def picnn_map(
         unknown
             activation. RuntimeError: a backend that is missing here.
     """
-    check = Check("picnn_map")
-    check.tensor("context", context, ndim=2)
-    check.tensor("levels", levels, ndim=(1, 2))
-    check.same_device("context", context, levels=levels)
-    dtype = _check_params(check, params, context)
-    _check_scales(check, params, context, encoder_scale)
-    if not tolerance >= 0:
-        raise ValueError(f"picnn_map: tolerance must be >= 0, got {tolerance}")
-    if levels.ndim == 1:
-        levels = levels.expand(context.shape[0], -1)
-    elif levels.shape[0] != context.shape[0]:
-        raise ValueError(f"picnn_map: levels must have {context.shape[0]} rows like context, got {levels.shape[0]}")
-    if params.wz[0].dtype != dtype:
-        params = params.to(dtype=dtype)
-    context, points, wz, options = context.to(dtype), levels.to(dtype), list(params.wz), params.options
-    scales = [scale.to(dtype) for scale in encoder_scale]
+    call = _checked("picnn_map", params, context, levels, encoder_scale, tolerance)
+    wz, options = list(call.params.wz), call.params.options
     if resolve("picnn", context.device, backend) == "reference":  # plain torch needs no op around it
-        rows = context_stage(params, context, scales)
-        return reference.picnn_levels(rows, points, wz, options=options, tolerance=tolerance)
-    if params.transitions:
-        rows = context_stage(params, context, scales)
-        out = torch.ops.prmfast.picnn_levels(rows, points, wz, *options, tolerance, backend)
+        rows = context_stage(call.params, call.context, call.scales)
+        return reference.picnn_levels(rows, call.levels, wz, options=options, tolerance=tolerance)
+    if call.params.transitions:
+        rows = context_stage(call.params, call.context, call.scales)
+        out = torch.ops.prmfast.picnn_levels(rows, call.levels, wz, *options, tolerance, backend)
         return out[0], out[1]
-    linears = [tensor for pair in (*params.encoder, *params.heads) for tensor in pair]
-    activations = [params.encoder_activation] * len(params.encoder)
-    if activations and not params.encoder_output_activation:
-        activations[-1] = _NO_ACTIVATION
     out = torch.ops.prmfast.picnn_network(
-        context, points, linears, scales, wz, ",".join(activations), *options, tolerance, backend
+        call.context, call.levels, call.linears(), call.scales, wz, call.activations(), *options, tolerance, backend
     )
     return out[0], out[1]
+
+
+class PicnnGradients(NamedTuple):
+    """Gradients of a loss: context [B, c] or None, levels [B, M], and one for each of the weights.
+
+    linears: weight and bias of every layer of params.encoder, then of the head.
+    """
+
+    context: Tensor | None
+    levels: Tensor
+    linears: list[Tensor]
+    wz: list[Tensor]
+
+
+class PicnnStep(NamedTuple):
+    """One forward pass that remembers what its backward pass needs. value and gradient: [B, M], detached."""
+
+    value: Tensor
+    gradient: Tensor
+    pull_back: Callable[[Tensor, Tensor, bool], PicnnGradients]
+
+    def backward(
+        self, *, grad_value: Tensor | None = None, grad_gradient: Tensor | None = None, context_gradient: bool = False
+    ) -> PicnnGradients:
+        """Gradients of any loss from its derivatives by value and by gradient (None: 0), both [B, M]."""
+        zeros = torch.zeros_like(self.value) if grad_value is None or grad_gradient is None else None
+        first, second = (grad if grad is not None else zeros for grad in (grad_value, grad_gradient))
+        for name, grad in (("grad_value", first), ("grad_gradient", second)):
+            if grad is None or grad.shape != self.value.shape or grad.dtype != self.value.dtype:
+                raise ValueError(
+                    f"PicnnStep.backward: {name} must be {self.value.dtype} of shape {tuple(self.value.shape)}, "
+                    f"got {None if grad is None else (grad.dtype, tuple(grad.shape))}"
+                )
+        assert first is not None
+        assert second is not None
+        return self.pull_back(first, second, context_gradient)
+
+
+@torch.no_grad()
+def picnn_step(
+    params: PicnnParams,
+    context: Tensor,
+    levels: Tensor,
+    *,
+    encoder_scale: Sequence[Tensor] = (),
+    backend: str = "auto",
+) -> PicnnStep:
+    """Equals `picnn_map` and then ``torch.autograd.grad`` of a loss on (value, gradient), without autograd.
+
+    For training loops: the forward pass, the tangent and the backward pass to every weight are a handful of GEMMs and
+    two kernels, and no graph of small tensors is built. Networks with transitions are not trained this way.
+
+    Args:
+        params, context, levels, encoder_scale, backend: as `picnn_map`; the levels are never interpolated.
+
+    Returns:
+        `PicnnStep`: value and gradient, and `backward` from the loss's derivatives by them.
+
+    Raises:
+        As `picnn_map`; ValueError where params has transitions.
+    """
+    call = _checked("picnn_step", params, context, levels, encoder_scale, 0.0)
+    if params.transitions:
+        raise ValueError(f"picnn_step: params must have no transitions, got {len(params.transitions)}")
+    wz, linears, options = list(call.params.wz), call.linears(), call.params.options
+    name = resolve("picnn", context.device, backend)
+    if name == "reference":
+        return _reference_step(call)
+    implementation, activations = load("picnn", name), _names(call.activations())
+    rows, before = implementation.picnn_context(call.context, linears, call.scales, activations=activations)
+    value, gradient = implementation.picnn_levels(rows, call.levels, wz, options=options, tolerance=0.0)
+
+    def pull_back(grad_value: Tensor, grad_gradient: Tensor, context_gradient: bool) -> PicnnGradients:
+        d_rows, d_levels, d_wz = implementation.picnn_levels_backward(
+            (grad_value, grad_gradient), rows, call.levels, wz, options=options
+        )
+        d_context, d_linears = implementation.picnn_context_backward(
+            d_rows,
+            call.context,
+            linears,
+            call.scales,
+            before,
+            activations=activations,
+            context_gradient=context_gradient,
+        )
+        return PicnnGradients(d_context if context_gradient else None, d_levels, d_linears, d_wz)
+
+    return PicnnStep(value, gradient, pull_back)
+
+
+def _reference_step(call: _Call) -> PicnnStep:
+    """The same by autograd of the reference."""
+    params, scales = call.params, call.scales
+    leaves = [t.detach().requires_grad_() for t in (call.context, call.levels, *call.linears(), *params.wz)]
+    context, levels, *weights = leaves
+    linears, wz = weights[: -len(params.wz)], weights[-len(params.wz) :]
+    pairs = list(zip(linears[::2], linears[1::2], strict=True))
+    own = replace(params, encoder=tuple(pairs[:-1]), heads=(pairs[-1],), wz=tuple(wz))
+    with torch.enable_grad():
+        rows = context_stage(own, context, scales)
+        outputs = reference.picnn_levels(rows, levels, wz, options=params.options, tolerance=0.0)
+
+    def pull_back(grad_value: Tensor, grad_gradient: Tensor, context_gradient: bool) -> PicnnGradients:
+        grads = list(torch.autograd.grad(outputs, leaves, (grad_value, grad_gradient), retain_graph=True))
+        split = len(grads) - len(wz)
+        return PicnnGradients(grads[0] if context_gradient else None, grads[1], grads[2:split], grads[split:])
+
+    return PicnnStep(outputs[0].detach(), outputs[1].detach(), pull_back)
 
 
 def _check_scales(check: Check, params: PicnnParams, context: Tensor, scales: Sequence[Tensor]) -> None:
     if scales and len(scales) != len(params.encoder):
         raise ValueError(
-            f"picnn_map: encoder_scale must have one tensor for each of {len(params.encoder)} layers, got {len(scales)}"
+            f"{check.op}: encoder_scale must have one tensor for each of {len(params.encoder)} layers, "
+            f"got {len(scales)}"
         )
     for i, (scale, (weight, _)) in enumerate(zip(scales, params.encoder, strict=False)):
         check.tensor(f"encoder_scale[{i}]", scale, ndim=2)
@@ -296,35 +428,35 @@ def _check_scales(check: Check, params: PicnnParams, context: Tensor, scales: Se
 def _check_params(check: Check, params: PicnnParams, context: Tensor) -> torch.dtype:
     """Shapes, devices, dtypes and names of the network; the dtype to compute in."""
     if not isinstance(params, PicnnParams):
-        raise TypeError(f"picnn_map: params must be PicnnParams, got {type(params).__name__}")
+        raise TypeError(f"{check.op}: params must be PicnnParams, got {type(params).__name__}")
     for name, value, allowed in (
         ("activation", params.activation, ACTIVATIONS),
         ("gate", params.gate, GATES),
         ("encoder_activation", params.encoder_activation, CONTEXT_ACTIVATIONS),
     ):
         if value not in allowed:
-            raise ValueError(f"picnn_map: params.{name} must be one of {allowed}, got {value!r}")
+            raise ValueError(f"{check.op}: params.{name} must be one of {allowed}, got {value!r}")
     if not params.wz or len(params.heads) != (len(params.transitions) or 1):
         raise ValueError(
-            f"picnn_map: params must have wz and one head (or one per transition), got {len(params.heads)} heads"
+            f"{check.op}: params must have wz and one head (or one per transition), got {len(params.heads)} heads"
         )
     dtype = check.tensor("params.wz[0]", params.wz[0], ndim=2, dtypes=FLOATS).dtype
     for i, tensor in enumerate(params.tensors()):
         check.same_device("context", context, **{f"params.tensors()[{i}]": tensor})
         if tensor.dtype != dtype:
             raise TypeError(
-                f"picnn_map: every weight must have dtype {dtype} like wz[0], got {tensor.dtype} in tensor {i}"
+                f"{check.op}: every weight must have dtype {dtype} like wz[0], got {tensor.dtype} in tensor {i}"
             )
     widths = params.widths
     for i, weight in enumerate(params.wz):
         check.shape(f"params.wz[{i}]", weight, (widths[i + 1], widths[i]))
     if context.shape[1] != params.context_width:
         raise ValueError(
-            f"picnn_map: context must have width {params.context_width} (the network's), got {context.shape[1]}"
+            f"{check.op}: context must have width {params.context_width} (the network's), got {context.shape[1]}"
         )
     layout = CoefficientLayout(widths)
     rows = sum(int(weight.shape[0]) for weight, _ in params.heads)
     expected = layout.size if params.curvature else layout.size - 1
     if rows != expected:
-        raise ValueError(f"picnn_map: params.heads must make {expected} coefficients for widths {widths}, got {rows}")
+        raise ValueError(f"{check.op}: params.heads must make {expected} coefficients for widths {widths}, got {rows}")
     return torch.float32 if dtype in _HALVES else dtype

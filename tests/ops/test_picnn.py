@@ -4,16 +4,18 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from prmfast import ops
 from prmfast.kernels.picnn.params import PicnnParams
-from prmfast.ops import available, picnn_map, resolve
+from prmfast.ops import available, picnn_map, picnn_step, resolve
 from prmfast.ops._backends import load
 from prmfast.ops.picnn import context_stage
 from prmfast.testing import assert_within_budget, make_inputs, make_picnn, poison
@@ -84,6 +86,214 @@ def test_gradcheck_to_everything(backend: str, network: str) -> None:
         return picnn_map(params, context, levels, backend=backend)
 
     assert torch.autograd.gradcheck(function, (context.requires_grad_(), levels.requires_grad_(), *weights))
+
+
+def with_encoder(dtype: torch.dtype = torch.float64, activation: str = "silu", **options: object) -> PicnnParams:
+    """Context 6 -> 7 -> 5 -> rows of a (8, 8) network with curvature, every weight a leaf."""
+    inner = make_picnn(5, (8, 8), seed=2, curvature=True, curvature_floor=1e-3)
+    g = torch.Generator().manual_seed(8)
+    shapes = ((7, 6), (7,), (5, 7), (5,))
+    w0, b0, w1, b1 = (0.5 * torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
+    encoder = ((w0, b0), (w1, b1))
+    return replace(inner, encoder=encoder, encoder_activation=activation, **options).to(dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
+@pytest.mark.parametrize("output_activation", [True, False])
+def test_gradcheck_through_the_encoder(backend: str, activation: str, output_activation: bool) -> None:
+    params = with_encoder(activation=activation, encoder_output_activation=output_activation)
+    context, levels = inputs(2, 3, width=6)
+    scales = [torch.full((2, 7), 1.25).double(), torch.tensor([[0.0, 2, 2, 0, 2]] * 2).double()]
+    weights = [t.requires_grad_() for t in params.tensors()]
+
+    def function(context: Tensor, levels: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return picnn_map(params, context, levels, encoder_scale=scales, backend=backend)
+
+    assert torch.autograd.gradcheck(function, (context.requires_grad_(), levels.requires_grad_(), *weights))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_step_is_autograd_of_the_map(backend: str, rows: int) -> None:
+    params = with_encoder()
+    context, levels = inputs(rows, 3, width=6)
+    scales = [torch.rand(rows, 7).double(), torch.rand(rows, 5).double()]
+    weights = [t.requires_grad_() for t in params.tensors()]
+    leaves = [context.clone().requires_grad_(), levels.clone().requires_grad_(), *weights]
+    value, gradient = picnn_map(params, *leaves[:2], encoder_scale=scales, backend="reference")
+    by_value, by_gradient = inputs(rows, 3, width=3, seed=4)
+    step = picnn_step(params, context, levels, encoder_scale=scales, backend=backend)
+    torch.testing.assert_close((step.value, step.gradient), (value.detach(), gradient.detach()))
+    for grads in ((by_value, by_gradient), (by_value, None), (None, by_gradient)):
+        kept = [(out, grad) for out, grad in zip((value, gradient), grads, strict=True) if grad is not None]
+        loss = sum((out * grad).sum() for out, grad in kept)
+        truth = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        found = step.backward(grad_value=grads[0], grad_gradient=grads[1], context_gradient=True)
+        wz, linears = truth[2 : 2 + len(params.wz)], truth[2 + len(params.wz) :]
+        assert found.context is not None
+        ours = (found.context, found.levels, *found.wz, *found.linears)
+        for a, b in zip(ours, (*truth[:2], *wz, *linears), strict=True):
+            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+    assert step.backward(grad_value=by_value).context is None
+    assert not step.value.requires_grad
+
+
+def test_step_says_what_is_wrong() -> None:
+    params, (context, levels) = with_encoder(), inputs(2, 3, width=6)
+    step = picnn_step(params, context, levels)
+    with pytest.raises(ValueError, match=r"grad_value must be torch.float64 of shape \(2, 3\), got .*\(2, 2\)"):
+        step.backward(grad_value=levels[:, :2])
+    with pytest.raises(ValueError, match="picnn_step: params must have no transitions, got 1"):
+        picnn_step(replace(params, transitions=params.encoder[-1:]), context, levels)
+    with pytest.raises(ValueError, match="picnn_step: encoder_scale must have one tensor for each of 2 layers, got 1"):
+        picnn_step(params, context, levels, encoder_scale=[levels])
+    with pytest.raises(ValueError, match=r"encoder_scale\[0\] must have shape \(2, 7\), got \(2, 3\)"):
+        picnn_map(params, context, levels, encoder_scale=[levels, levels])
+    with pytest.raises(ValueError, match="tolerance must be >= 0, got -1"):
+        picnn_map(params, context, levels, tolerance=-1.0)
+
+
+# --- interpolation, order and instruction sets: the compiled backend in float32
+
+
+def steep(sharpness: float, rows: int, seed: int = 0) -> tuple[PicnnParams, Tensor]:
+    """A (32, 32) float32 network whose first layer turns `sharpness` times faster, and contexts for it."""
+    params = make_picnn(5, (32, 32), seed=seed, curvature=True, curvature_floor=1e-3)
+    weight, bias = (t.clone() for t in params.heads[0])
+    weight[:64] *= sharpness
+    bias[:64] *= sharpness
+    context = torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed)).float()
+    return replace(params, heads=((weight, bias),)).to(dtype=torch.float32), context
+
+
+def gradient_error(params: PicnnParams, context: Tensor, levels: Tensor, **options: object) -> Tensor:
+    """[B]: the largest error of a row's gradient over its mean magnitude."""
+    exact = params.to(dtype=torch.float64)
+    truth = picnn_map(exact, context.double(), levels.double(), backend="reference")[1]
+    found = picnn_map(params, context, levels, **options)[1]  # type: ignore[arg-type]
+    return (found.double() - truth).abs().amax(1) / truth.abs().mean(1)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled extension is not built")
+class TestCompiled:
+    @pytest.fixture(params=["avx512", "avx2", "portable"])
+    def isa(self, request: pytest.FixtureRequest) -> Iterator[str]:
+        from prmfast import _C
+
+        before = _C.isa()
+        try:
+            _C.set_isa(request.param)
+        except ValueError as error:
+            pytest.skip(str(error))
+        yield request.param
+        _C.set_isa(before)
+
+    @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 100.0, 1000.0])
+    @pytest.mark.parametrize("rows", [1, 3, 40])
+    def test_interpolation_keeps_its_tolerance(self, isa: str, sharpness: float, rows: int) -> None:
+        params, context = steep(sharpness, rows)
+        for levels in (torch.linspace(0.005, 0.995, 100), torch.rand(rows, 70), torch.linspace(0.3, 0.31, 64)):
+            direct = gradient_error(params, context, levels, backend="cpu", tolerance=0.0)
+            for tolerance in (1e-4, 1e-5):
+                error = gradient_error(params, context, levels, backend="cpu", tolerance=tolerance)
+                assert bool((error <= direct + 1e-6 + tolerance).all())
+
+    def test_interpolation_happens(self, isa: str) -> None:
+        smooth, context = steep(1.0, 40)
+        sharp, _ = steep(1000.0, 40)
+        levels = torch.linspace(0.005, 0.995, 100)
+        for params, changed in ((smooth, True), (sharp, False)):
+            direct = picnn_map(params, context, levels, backend="cpu", tolerance=0.0)[1]
+            interpolated = picnn_map(params, context, levels, backend="cpu", tolerance=1e-4)[1]
+            assert torch.equal(direct, interpolated) != changed
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        rows=st.integers(1, 36),
+        count=st.integers(1, 130),
+        sharpness=st.sampled_from([0.0, 0.01, 1.0, 30.0, 3000.0]),
+        tolerance=st.sampled_from([0.0, 1e-6, 1e-5, 1e-2, 1.0]),
+        shared=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def test_the_gradient_never_falls(
+        self, isa: str, rows: int, count: int, sharpness: float, tolerance: float, shared: bool, seed: int
+    ) -> None:
+        params, context = steep(sharpness, rows, seed)
+        g = torch.Generator().manual_seed(seed)
+        levels = torch.rand(count, generator=g) if shared else torch.rand(rows, count, generator=g)
+        if seed % 2:
+            levels = (levels * 20).round() / 20 + 1e-6 * torch.rand(levels.shape, generator=g)  # close neighbours
+        gradient = picnn_map(params, context, levels, tolerance=tolerance, backend="cpu")[1]
+        order = levels.argsort(-1).expand(rows, -1)
+        assert bool((gradient.gather(1, order).diff(dim=1) >= 0).all())
+
+    def test_a_row_does_not_depend_on_its_neighbours(self, isa: str) -> None:
+        smooth, context = steep(1.0, 45)
+        sharp, _ = steep(1000.0, 45)
+        weight, bias = smooth.heads[0]
+        mixed = replace(smooth, heads=((torch.cat([weight, sharp.heads[0][0] - weight], 1), bias),))
+        both = torch.cat([context, context * (torch.arange(45) % 3 == 0).unsqueeze(1)], 1)  # every third row is steep
+        for levels in (torch.linspace(0.0, 1.0, 100), torch.rand(45, 100)):
+            value, gradient = picnn_map(mixed, both, levels, backend="cpu", tolerance=1e-5)
+            for row in range(45):
+                own = levels if levels.ndim == 1 else levels[row : row + 1]
+                # GEMMs of the context stage may round differently by their height: one row, sixteen times
+                again = picnn_map(
+                    mixed,
+                    both[row : row + 1].expand(45, -1),
+                    levels if levels.ndim == 1 else own.expand(45, -1),
+                    backend="cpu",
+                    tolerance=1e-5,
+                )
+                assert torch.equal(again[0][7], value[row])
+                assert torch.equal(again[1][7], gradient[row])
+
+    def test_no_order_is_forced_on_a_map_that_is_not_convex(self, isa: str) -> None:
+        params = make_picnn(5, (8, 8), dtype=torch.float32)
+        params = replace(params, wz=tuple(-w for w in params.wz))
+        context, levels = torch.randn(20, 5, generator=torch.Generator().manual_seed(1)), torch.linspace(0, 1, 50)
+        assert bool((gradient_error(params, context, levels, backend="cpu") < 1e-4).all())
+        assert bool((picnn_map(params, context, levels, backend="cpu")[1].diff(dim=1) < 0).any())
+
+    def test_rows_in_lanes_and_levels_in_lanes_agree(self, isa: str) -> None:
+        params, context = steep(3.0, 64)
+        rows = context_stage(params, context)
+        for levels in (torch.rand(64, 100), torch.linspace(0, 1, 100).expand(64, -1), torch.rand(64, 5)):
+            arguments = (list(params.wz), *params.options, 1e-5, "cpu")
+            many = torch.ops.prmfast.picnn_levels(rows, levels, *arguments)
+            for row in (0, 17, 63):
+                one = torch.ops.prmfast.picnn_levels(rows[row : row + 1], levels[row : row + 1], *arguments)
+                assert torch.equal(one[0][0], many[0][row])
+                assert torch.equal(one[1][0], many[1][row])
+
+    def test_instruction_sets_agree(self, isa: str) -> None:
+        params = make_picnn(5, (9, 17, 6), curvature=True)
+        context, levels = inputs(21, 7)
+        leaves = [context.requires_grad_(), levels.requires_grad_(), *(t.requires_grad_() for t in params.tensors())]
+        results = []
+        for backend in ("reference", "cpu"):
+            value, gradient = picnn_map(params, context, levels, backend=backend)
+            results.append((value, gradient, *torch.autograd.grad((value.sin() + gradient).sum(), leaves)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+    def test_threads_change_nothing(self, isa: str) -> None:
+        params, context = steep(1.0, 300)
+        levels = torch.rand(300, 40)
+        one = picnn_map(params, context, levels, backend="cpu")
+        torch.set_num_threads(3)
+        try:
+            assert all(torch.equal(a, b) for a, b in zip(one, picnn_map(params, context, levels), strict=True))
+        finally:
+            torch.set_num_threads(1)
+
+
+def test_an_unknown_instruction_set() -> None:
+    _C = pytest.importorskip("prmfast._C")
+    with pytest.raises(ValueError, match=r"isa must be one that this CPU has, at most .*, got sse9"):
+        _C.set_isa("sse9")
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
