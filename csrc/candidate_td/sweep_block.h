@@ -36,11 +36,22 @@ struct Padded {
   S values[kBlock];
 };
 
+// Positions i .. end of the logits >= threshold behind the `found` ones in `out`; how many there are now.
+template <class S>
+PRMFAST_INLINE int64_t reach_each(const S* x, int64_t i, int64_t end, float threshold, int64_t found, int32_t* out) {
+  for (; i < end; ++i)
+    if (widen1(x + i) >= threshold) out[found++] = static_cast<int32_t>(i);
+  return found;
+}
+
 #ifdef PRMFAST_AVX512
 bool has_avx512();
 Sweep<float> sweep_avx512(const float* x, int64_t n, float scale, float reference);
 Sweep<float> sweep_avx512(const BFloat16* x, int64_t n, float scale, float reference);
 Sweep<float> sweep_avx512(const Float16* x, int64_t n, float scale, float reference);
+int64_t reach_avx512(const float* x, int64_t n, float threshold, int32_t* out);
+int64_t reach_avx512(const BFloat16* x, int64_t n, float threshold, int32_t* out);
+int64_t reach_avx512(const Float16* x, int64_t n, float threshold, int32_t* out);
 #endif
 
 }  // namespace prmfast::candidate_td

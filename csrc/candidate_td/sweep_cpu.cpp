@@ -113,20 +113,27 @@ PRMFAST_INLINE int64_t reach_any(const S* x, int64_t n, float threshold, int32_t
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t end = std::min(n, i + kBlock);
     if (end == i + kBlock && !block_reaches(x + i, wide)) continue;
-    for (int64_t k = i; k < end; ++k)
-      if (widen1(x + k) >= threshold) out[found++] = static_cast<int32_t>(k);
+    found = reach_each(x, i, end, threshold, found, out);
   }
   return found;
 }
 
-PRMFAST_MULTIVERSION int64_t reach_wide(const float* x, int64_t n, float threshold, int32_t* out) {
+PRMFAST_MULTIVERSION int64_t reach_portable(const float* x, int64_t n, float threshold, int32_t* out) {
   return reach_any(x, n, threshold, out);
 }
-PRMFAST_MULTIVERSION int64_t reach_wide(const BFloat16* x, int64_t n, float threshold, int32_t* out) {
+PRMFAST_MULTIVERSION int64_t reach_portable(const BFloat16* x, int64_t n, float threshold, int32_t* out) {
   return reach_any(x, n, threshold, out);
 }
-PRMFAST_MULTIVERSION int64_t reach_wide(const Float16* x, int64_t n, float threshold, int32_t* out) {
+PRMFAST_MULTIVERSION int64_t reach_portable(const Float16* x, int64_t n, float threshold, int32_t* out) {
   return reach_any(x, n, threshold, out);
+}
+
+template <class S>
+int64_t reach_best(const S* x, int64_t n, float threshold, int32_t* out) {
+#ifdef PRMFAST_AVX512
+  if (has_avx512()) return reach_avx512(x, n, threshold, out);
+#endif
+  return reach_portable(x, n, threshold, out);
 }
 
 template <class S>
@@ -190,9 +197,9 @@ Sweep<double> sweep(const double* x, int64_t n, double scale, double reference) 
   return found;
 }
 
-int64_t reach(const float* x, int64_t n, float threshold, int32_t* out) { return reach_wide(x, n, threshold, out); }
-int64_t reach(const BFloat16* x, int64_t n, float threshold, int32_t* out) { return reach_wide(x, n, threshold, out); }
-int64_t reach(const Float16* x, int64_t n, float threshold, int32_t* out) { return reach_wide(x, n, threshold, out); }
+int64_t reach(const float* x, int64_t n, float threshold, int32_t* out) { return reach_best(x, n, threshold, out); }
+int64_t reach(const BFloat16* x, int64_t n, float threshold, int32_t* out) { return reach_best(x, n, threshold, out); }
+int64_t reach(const Float16* x, int64_t n, float threshold, int32_t* out) { return reach_best(x, n, threshold, out); }
 
 int64_t reach(const double* x, int64_t n, double threshold, int32_t* out) {
   int64_t found = 0;
