@@ -62,19 +62,19 @@ void bind(py::module_& m) {
         return self.finish();
       });
   m.def("token_logprob", [](uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t columns, double temperature,
-                            uintptr_t ids, uintptr_t logp, uintptr_t lse, int threads) {
+                            uintptr_t ids, uintptr_t logp, uintptr_t norm, int threads) {
     Invalid invalid;
     {
       py::gil_scoped_release release;
       invalid = token_logprob(view(logits, dtype, stride), rows, columns, temperature, ids_at(ids), reinterpret_cast<double*>(logp),
-                              reinterpret_cast<double*>(lse), threads);
+                              reinterpret_cast<Norm*>(norm), threads);
     }
     return told(invalid);
   });
   m.def("token_logprob_backward", [](uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t columns, double temperature,
-                                     uintptr_t ids, uintptr_t lse, uintptr_t grad, uintptr_t out, int threads) {
+                                     uintptr_t ids, uintptr_t norm, uintptr_t grad, uintptr_t out, int threads) {
     py::gil_scoped_release release;
-    token_logprob_backward(view(logits, dtype, stride), rows, columns, temperature, ids_at(ids), reinterpret_cast<const double*>(lse),
+    token_logprob_backward(view(logits, dtype, stride), rows, columns, temperature, ids_at(ids), reinterpret_cast<const Norm*>(norm),
                            reinterpret_cast<const double*>(grad), reinterpret_cast<void*>(out), threads);
   });
 }

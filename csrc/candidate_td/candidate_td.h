@@ -42,11 +42,11 @@ class LogSum {
   template <class S>
   double add(const S* x, int64_t n, double scale);
 
+  double reference() const { return reference_; }
   bool started() const { return started_; }
   Fault fault() const { return fault_ == Fault::none && !started_ ? Fault::only_negative_infinity : fault_; }
   double log2_sum() const;                                    // of 2^((x - reference) * scale)
   double log2_p(double x, double scale) const { return (x - reference_) * scale - log2_sum(); }
-  double log_sum_exp(double temperature) const;               // natural
   double logit_of(double log2_p, double scale) const;         // the logit of this log-probability, as of now
 
  private:
@@ -109,13 +109,18 @@ class Rows {
   Options options_;
 };
 
-// logp[row] = log softmax(logits / temperature)[ids[row]], lse[row] = log sum exp(logits / temperature).
-Invalid token_logprob(const Logits& logits, int64_t rows, int64_t columns, double temperature, const int64_t* ids, double* logp,
-                      double* lse, int threads);
+// log softmax(x / temperature) = (x - reference) / temperature - log_sum, reference being a logit near the row's largest.
+struct Norm {
+  double reference, log_sum;
+};
 
-// out[row * columns + v] = grad[row] (1[v = ids[row]] - exp(logits / temperature - lse[row])) / temperature, out in the logits'
-// dtype; rows of grad 0 are zeros whatever they hold.
+// logp[row] = log softmax(logits / temperature)[ids[row]], and the norm of every row.
+Invalid token_logprob(const Logits& logits, int64_t rows, int64_t columns, double temperature, const int64_t* ids, double* logp,
+                      Norm* norm, int threads);
+
+// out[row * columns + v] = grad[row] (1[v = ids[row]] - softmax(logits / temperature)) / temperature, out in the logits' dtype; rows of
+// grad 0 are zeros whatever they hold.
 void token_logprob_backward(const Logits& logits, int64_t rows, int64_t columns, double temperature, const int64_t* ids,
-                            const double* lse, const double* grad, void* out, int threads);
+                            const Norm* norm, const double* grad, void* out, int threads);
 
 }  // namespace prmfast::candidate_td

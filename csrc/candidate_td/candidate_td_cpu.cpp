@@ -117,7 +117,6 @@ double LogSum::add(const S* x, int64_t n, double scale) {
 }
 
 double LogSum::log2_sum() const { return std::log2(sum_); }
-double LogSum::log_sum_exp(double temperature) const { return reference_ / temperature + kLn2 * log2_sum(); }
 double LogSum::logit_of(double log2_p, double scale) const { return reference_ + (log2_p + log2_sum()) / scale; }
 
 Invalid Result::invalid() const {

@@ -20,22 +20,20 @@ LogSum log_sum_of(const S* x, int64_t columns, double scale) {
   return total;
 }
 
-// exp(x / temperature - lse) as 2^((x - reference) * scale) * correction: the reference is the logit of probability 1, rounded.
 template <class S>
-void backward_row(const S* x, int64_t columns, double temperature, int64_t id, double lse, double grad, S* out, bool stream) {
-  const double scale = kLog2e / temperature;
-  const Real<S> reference = static_cast<Real<S>>(lse * temperature);
-  const double factor = -grad / temperature * std::exp(static_cast<double>(reference) / temperature - lse);
-  slopes(x, columns, static_cast<Real<S>>(scale), reference, static_cast<Real<S>>(factor), out, stream);
+void backward_row(const S* x, int64_t columns, double temperature, int64_t id, const Norm& norm, double grad, S* out, bool stream) {
+  const double factor = -grad / temperature * std::exp(-norm.log_sum);
+  slopes(x, columns, static_cast<Real<S>>(kLog2e / temperature), static_cast<Real<S>>(norm.reference), static_cast<Real<S>>(factor),
+         out, stream);
   if (stream) finish_streaming();
-  const double p = std::exp(static_cast<double>(widen1(x + id)) / temperature - lse);
+  const double p = std::exp((widen1(x + id) - norm.reference) / temperature - norm.log_sum);
   store1(out + id, grad / temperature * (1 - p));
 }
 
 }  // namespace
 
 Invalid token_logprob(const Logits& logits, int64_t rows, int64_t columns, double temperature, const int64_t* ids, double* logp,
-                      double* lse, int threads) {
+                      Norm* norm, int threads) {
   const double scale = kLog2e / temperature;
   const int used = thread_count(rows, kWorkPerLogit * columns, threads);
   std::vector<Invalid> invalid(std::max(used, 1));
@@ -45,7 +43,7 @@ Invalid token_logprob(const Logits& logits, int64_t rows, int64_t columns, doubl
       with_row(logits, t, [&](auto* x) {
         const LogSum total = log_sum_of(x, columns, scale);
         if (total.fault() != Fault::none) invalid[thread] = {t, true, total.fault()};
-        lse[t] = total.log_sum_exp(temperature);
+        norm[t] = {total.reference(), kLn2 * total.log2_sum()};
         logp[t] = std::min(0.0, kLn2 * total.log2_p(widen1(x + ids[t]), scale));
       });
     }
@@ -56,7 +54,7 @@ Invalid token_logprob(const Logits& logits, int64_t rows, int64_t columns, doubl
 }
 
 void token_logprob_backward(const Logits& logits, int64_t rows, int64_t columns, double temperature, const int64_t* ids,
-                            const double* lse, const double* grad, void* out, int threads) {
+                            const Norm* norm, const double* grad, void* out, int threads) {
   parallel_rows(rows, thread_count(rows, kWorkPerLogit * columns, threads), [&](int, int64_t first, int64_t end) {
     const FlushDenormals flush(Flush::results);
     for (int64_t t = first; t < end; ++t) {
@@ -65,7 +63,7 @@ void token_logprob_backward(const Logits& logits, int64_t rows, int64_t columns,
         S* row = static_cast<S*>(out) + t * columns;
         const bool stream = rows * columns * static_cast<int64_t>(sizeof(S)) > kStreamBytes;
         if (grad[t] == 0) std::fill(row, row + columns, S{});
-        else backward_row(x, columns, temperature, ids[t], lse[t], grad[t], row, stream);
+        else backward_row(x, columns, temperature, ids[t], norm[t], grad[t], row, stream);
       });
     }
   });

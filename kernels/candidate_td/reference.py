@@ -1,4 +1,4 @@
-"""The slow truth of the room: plain torch, computed in float64 with whole [T, V] tensors, returned in the op's dtype."""
+"""The slow truth of the room: plain torch, in float64 on whole [T, V] tensors, returned in the op's dtype."""
 
 from __future__ import annotations
 
@@ -24,17 +24,26 @@ def row_error(op: str, name: str, kind: str, row: int) -> ValueError:
     return ValueError(f"{op}: {name} {rule}, got {kind} in row {row}")
 
 
+def _peak_and_sum(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[T, V] -> the largest logit of each row and log sum exp((x - it) / temperature), both [T, 1] in float64."""
+    peak = x.double().amax(1, keepdim=True)
+    return peak, torch.logsumexp((x.double() - peak) / temperature, 1, keepdim=True)
+
+
 def _log_softmax(op: str, **sides: tuple[Tensor, float]) -> tuple[Tensor, ...]:
     """log softmax(logits / temperature) [T, V] in float64 of each side, after the one check of all their rows."""
-    scaled = {name: logits.double() / temperature for name, (logits, temperature) in sides.items()}
-    totals = {name: torch.logsumexp(x, 1, keepdim=True) for name, x in scaled.items()}
-    bad = torch.cat([~torch.isfinite(total) for total in totals.values()], 1)  # [T, sides]
+    norms = {name: _peak_and_sum(*side) for name, side in sides.items()}
+    bad = torch.cat([~torch.isfinite(log_sum) for _, log_sum in norms.values()], 1)  # [T, sides]
     if bool(bad.any()):
         row, side = (int(i) for i in bad.nonzero()[0])
         name = list(sides)[side]
         x = sides[name][0][row]
-        raise row_error(op, name, "NaN" if bool(x.isnan().any()) else "+inf" if bool((x > 0).any()) else "only -inf", row)
-    return tuple(scaled[name] - totals[name] for name in sides)
+        raise row_error(
+            op, name, "NaN" if bool(x.isnan().any()) else "+inf" if bool((x > 0).any()) else "only -inf", row
+        )
+    return tuple(
+        (x.double() - norms[name][0]) / temperature - norms[name][1] for name, (x, temperature) in sides.items()
+    )
 
 
 def candidate_td(
@@ -64,7 +73,7 @@ def _candidates(
     logp, logq = policy[row, token], reward[row, token]
     difference = torch.where(logp == logq, 0.0, logq - logp)  # a forced token of p = 0 on both sides: 0, not NaN
     offsets = torch.cat([row.new_zeros(1), chosen.sum(1).cumsum(0)])
-    return Candidates(offsets, token, logp.to(dtype), (beta * difference).to(dtype))
+    return Candidates(offsets, token.clone(), logp.to(dtype), (beta * difference).to(dtype))
 
 
 def linear_candidate_td(
@@ -88,14 +97,19 @@ def linear_candidate_td(
 
 
 def token_logprob(logits: Tensor, ids: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits [T, V], ids [T] -> log softmax(logits / temperature)[t, ids[t]], and each row's logsumexp in float64."""
+    """Logits [T, V], ids [T] -> log softmax(logits / temperature)[t, ids[t]], and what `token_logprob_backward` needs.
+
+    That is `norm`, float64 [T, 2]: a logit near the row's largest, and log sum exp((x - that logit) / temperature).
+    One number would lose the second beside a logit of 1e38.
+    """
     (logp,) = _log_softmax("token_logprob", logits=(logits, temperature))
-    return logp.gather(1, ids[:, None])[:, 0].to(output_dtype(logits)), torch.logsumexp(logits.double() / temperature, 1)
+    norm = torch.cat(_peak_and_sum(logits, temperature), 1)
+    return logp.gather(1, ids[:, None])[:, 0].to(output_dtype(logits)), norm
 
 
-def token_logprob_backward(grad: Tensor, logits: Tensor, ids: Tensor, lse: Tensor, *, temperature: float) -> Tensor:
-    """grad [T] -> grad_t (1[v = id_t] - softmax_tv) / temperature as [T, V] in the logits' dtype; lse as returned above."""
+def token_logprob_backward(grad: Tensor, logits: Tensor, ids: Tensor, norm: Tensor, *, temperature: float) -> Tensor:
+    """grad [T] -> grad_t (1[v = id_t] - softmax_tv) / temperature [T, V] in the logits' dtype."""
     hot = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device).scatter(1, ids[:, None], 1.0)
-    slope = (hot - torch.exp(logits.double() / temperature - lse[:, None])) / temperature
+    logp = (logits.double() - norm[:, :1]) / temperature - norm[:, 1:]
     weight = grad.double()[:, None]
-    return torch.where(weight == 0, 0.0, weight * slope).to(logits.dtype)
+    return torch.where(weight == 0, 0.0, weight * (hot - logp.exp()) / temperature).to(logits.dtype)

@@ -15,7 +15,7 @@ from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import Check
 from prmfast.ops._library import LIBRARY
 
-_Four = tuple[Tensor, Tensor, Tensor, Tensor]
+_Four = tuple[Tensor, ...]
 
 _OPTIONS = "float p_min, float beta, Tensor? sampled, float policy_temperature, float reward_temperature, str backend"
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
@@ -26,7 +26,7 @@ LIBRARY.define(
 )
 LIBRARY.define("token_logprob(Tensor logits, Tensor ids, float temperature, str backend) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "token_logprob_backward(Tensor grad, Tensor logits, Tensor ids, Tensor lse, float temperature, str backend) "
+    "token_logprob_backward(Tensor grad, Tensor logits, Tensor ids, Tensor norm, float temperature, str backend) "
     "-> Tensor"
 )
 
@@ -144,15 +144,15 @@ def _check_token(check: Check, logits: Tensor, ids: Tensor, temperature: float) 
 
 def _token_logprob(logits: Tensor, ids: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
     _check_token(Check("token_logprob"), logits, ids, temperature)
-    logp, lse = _implementation(logits, backend).token_logprob(logits, ids, temperature=temperature)
-    return logp, lse
+    logp, norm = _implementation(logits, backend).token_logprob(logits, ids, temperature=temperature)
+    return logp, norm
 
 
 def _token_logprob_backward(
-    grad: Tensor, logits: Tensor, ids: Tensor, lse: Tensor, temperature: float, backend: str
+    grad: Tensor, logits: Tensor, ids: Tensor, norm: Tensor, temperature: float, backend: str
 ) -> Tensor:
     run = _implementation(logits, backend).token_logprob_backward
-    out: Tensor = run(grad, logits, ids, lse, temperature=temperature)
+    out: Tensor = run(grad, logits, ids, norm, temperature=temperature)
     return out
 
 
@@ -182,7 +182,7 @@ def _linear_candidate_td_fake(policy_hidden: Tensor, reward_hidden: Tensor, *_: 
 @torch.library.register_fake("prmfast::token_logprob", lib=LIBRARY)
 def _token_logprob_fake(logits: Tensor, ids: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
-    return logits.new_empty(rows, dtype=output_dtype(logits)), logits.new_empty(rows, dtype=torch.float64)
+    return logits.new_empty(rows, dtype=output_dtype(logits)), logits.new_empty(rows, 2, dtype=torch.float64)
 
 
 @torch.library.register_fake("prmfast::token_logprob_backward", lib=LIBRARY)
@@ -234,7 +234,7 @@ def candidate_td(
     reward_temperature: float = 1.0,
     backend: str = "auto",
 ) -> Candidates:
-    """Equals ``p, q = log_softmax(policy_logits), log_softmax(reward_logits); beta * (q - p)[p.exp() >= p_min]`` as CSR.
+    """Equals ``(beta * (q - p))[p.exp() >= p_min]`` with ``p, q = log_softmax`` of policy and reward logits.
 
     The candidates of DistRL ([V] arXiv 2604.13197 eq. 10 and sec. 4.2): every token y that the sampling policy gives at
     least ``p_min``, with A_TD(s_t, y) = beta (log pi_phi(y|s_t) - log pi_old(y|s_t)). At most 1 / p_min a row. One pass

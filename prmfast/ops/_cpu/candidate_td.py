@@ -54,11 +54,14 @@ def candidate_td(
     reward_temperature: float,
 ) -> Candidates:
     """See the reference."""
+    dtype = output_dtype(policy_logits, reward_logits)
+    if dtype == torch.float64:  # beside a float64 side, the other one is summed in float64 too
+        policy_logits, reward_logits = policy_logits.double(), reward_logits.double()
     policy, reward = _contiguous_columns(policy_logits), _contiguous_columns(reward_logits)
     _held, ids = _ids(sampled)
     options = _C.candidate_td.Options(p_min, beta, policy_temperature, reward_temperature)
     result = _C.candidate_td.run(*_view(policy), *_view(reward), *policy.shape, options, ids, torch.get_num_threads())
-    return _collect("candidate_td", result, len(policy), policy, output_dtype(policy, reward))
+    return _collect("candidate_td", result, len(policy), policy, dtype)
 
 
 class _Side:
@@ -68,10 +71,9 @@ class _Side:
     anything on a CPU without matrix units for them, where torch's bfloat16 product takes several times as long.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.hidden, self.weight = hidden, weight
-        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self._block = hidden.new_empty(min(_ROWS, len(hidden)) * min(_COLUMNS, len(weight)), dtype=self.dtype)
+    def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+        self.hidden, self.weight, self.dtype = hidden, weight, dtype
+        self._block = hidden.new_empty(min(_ROWS, len(hidden)) * min(_COLUMNS, len(weight)), dtype=dtype)
 
     def columns(self, first: int, end: int) -> None:
         """The block of the weight that the next logits are made of."""
@@ -98,7 +100,8 @@ def linear_candidate_td(
 ) -> Candidates:
     """See the reference."""
     rows, columns = len(policy_hidden), len(policy_weight)
-    policy, reward = _Side(policy_hidden, policy_weight), _Side(reward_hidden, reward_weight)
+    dtype = output_dtype(policy_hidden, reward_hidden)
+    policy, reward = _Side(policy_hidden, policy_weight, dtype), _Side(reward_hidden, reward_weight, dtype)
     _held, ids = _ids(sampled)
     options = _C.candidate_td.Options(p_min, beta, policy_temperature, reward_temperature)
     state = _C.candidate_td.Rows(rows, options, ids)
@@ -111,26 +114,25 @@ def linear_candidate_td(
             end_row = min(row + _ROWS, rows)
             blocks = policy.logits(row, end_row), reward.logits(row, end_row)
             state.add(*_view(blocks[0]), *_view(blocks[1]), row, end_row - row, column, end_column - column, threads)
-    dtype = output_dtype(policy_hidden, reward_hidden)
     return _collect("linear_candidate_td", state.finish(), rows, policy_hidden, dtype)
 
 
 def token_logprob(logits: Tensor, ids: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
     """See the reference."""
     held, held_ids = _contiguous_columns(logits), ids.contiguous()
-    logp, lse = (held.new_empty(len(held), dtype=torch.float64) for _ in range(2))
-    outputs = (held_ids.data_ptr(), logp.data_ptr(), lse.data_ptr())
+    logp, norm = held.new_empty(len(held), dtype=torch.float64), held.new_empty(len(held), 2, dtype=torch.float64)
+    outputs = (held_ids.data_ptr(), logp.data_ptr(), norm.data_ptr())
     invalid = _C.candidate_td.token_logprob(*_view(held), *held.shape, temperature, *outputs, torch.get_num_threads())
     if invalid is not None:
         raise row_error("token_logprob", "logits", invalid[2], invalid[0])
-    return logp.to(output_dtype(logits)), lse
+    return logp.to(output_dtype(logits)), norm
 
 
-def token_logprob_backward(grad: Tensor, logits: Tensor, ids: Tensor, lse: Tensor, *, temperature: float) -> Tensor:
+def token_logprob_backward(grad: Tensor, logits: Tensor, ids: Tensor, norm: Tensor, *, temperature: float) -> Tensor:
     """See the reference."""
     held, held_ids = _contiguous_columns(logits), ids.contiguous()
-    weight, total = grad.double().contiguous(), lse.contiguous()
+    weight, norms = grad.double().contiguous(), norm.contiguous()
     out = held.new_empty(held.shape)
-    pointers = (held_ids.data_ptr(), total.data_ptr(), weight.data_ptr(), out.data_ptr())
+    pointers = (held_ids.data_ptr(), norms.data_ptr(), weight.data_ptr(), out.data_ptr())
     _C.candidate_td.token_logprob_backward(*_view(held), *held.shape, temperature, *pointers, torch.get_num_threads())
     return out
