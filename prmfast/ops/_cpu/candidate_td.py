@@ -12,8 +12,10 @@ from prmfast.ops._cpu._extension import _C
 __all__ = ["candidate_td", "linear_candidate_td", "token_logprob", "token_logprob_backward"]
 
 _CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ROWS, _COLUMNS = 2048, 2048
-"""A block of logits of the linear variant: 16 MiB a side in float32, consumed while it is in the last-level cache."""
+_ROWS, _COLUMNS = 1024, 2048
+"""Largest block of logits of the linear variant: 8 MiB a side in float32, consumed while the last cache holds it."""
+_WIDENED = 2**22
+"""Most elements of a block of hidden states or weights, so that the float32 copies of half types stay small too."""
 
 
 def _contiguous_columns(logits: Tensor) -> Tensor:
@@ -71,19 +73,24 @@ class _Side:
     anything on a CPU without matrix units for them, where torch's bfloat16 product takes several times as long.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-        self.hidden, self.weight, self.dtype = hidden, weight, dtype
-        self._block = hidden.new_empty(min(_ROWS, len(hidden)) * min(_COLUMNS, len(weight)), dtype=dtype)
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.hidden, self.weight = hidden, weight
+        self._logits = hidden.new_empty(rows * columns, dtype=dtype)
+        widen = hidden.dtype != dtype
+        self._hidden = hidden.new_empty(rows, hidden.shape[1], dtype=dtype) if widen else None
+        self._weight = weight.new_empty(columns, weight.shape[1], dtype=dtype) if widen else None
 
     def columns(self, first: int, end: int) -> None:
         """The block of the weight that the next logits are made of."""
-        self._weight = self.weight[first:end].to(self.dtype).t()
+        block = self.weight[first:end]
+        self._columns = block if self._weight is None else self._weight[: end - first].copy_(block)
 
     def logits(self, first: int, end: int) -> Tensor:
         """Logits of these rows and the current columns, until the next call."""
-        hidden = self.hidden[first:end].to(self.dtype)
-        shape = (len(hidden), self._weight.shape[1])
-        return torch.mm(hidden, self._weight, out=self._block[: shape[0] * shape[1]].view(shape))
+        block = self.hidden[first:end]
+        rows = block if self._hidden is None else self._hidden[: end - first].copy_(block)
+        shape = (len(rows), len(self._columns))
+        return torch.mm(rows, self._columns.t(), out=self._logits[: shape[0] * shape[1]].view(shape))
 
 
 def linear_candidate_td(
@@ -101,17 +108,20 @@ def linear_candidate_td(
     """See the reference."""
     rows, columns = len(policy_hidden), len(policy_weight)
     dtype = output_dtype(policy_hidden, reward_hidden)
-    policy, reward = _Side(policy_hidden, policy_weight, dtype), _Side(reward_hidden, reward_weight, dtype)
+    most = max(1, _WIDENED // max(1, policy_hidden.shape[1], reward_hidden.shape[1]))
+    row_step, column_step = max(1, min(rows, _ROWS, most)), min(columns, _COLUMNS, most)
+    policy = _Side(policy_hidden, policy_weight, row_step, column_step, dtype)
+    reward = _Side(reward_hidden, reward_weight, row_step, column_step, dtype)
     _held, ids = _ids(sampled)
     options = _C.candidate_td.Options(p_min, beta, policy_temperature, reward_temperature)
     state = _C.candidate_td.Rows(rows, options, ids)
     threads = torch.get_num_threads()
-    for column in range(0, columns, _COLUMNS):
-        end_column = min(column + _COLUMNS, columns)
+    for column in range(0, columns, column_step):
+        end_column = min(column + column_step, columns)
         policy.columns(column, end_column)
         reward.columns(column, end_column)
-        for row in range(0, rows, _ROWS):
-            end_row = min(row + _ROWS, rows)
+        for row in range(0, rows, row_step):
+            end_row = min(row + row_step, rows)
             blocks = policy.logits(row, end_row), reward.logits(row, end_row)
             state.add(*_view(blocks[0]), *_view(blocks[1]), row, end_row - row, column, end_column - column, threads)
     return _collect("linear_candidate_td", state.finish(), rows, policy_hidden, dtype)
