@@ -17,6 +17,9 @@ void bind(pybind11::module_& m);
 namespace ias {
 void bind(pybind11::module_& m);
 }
+namespace candidate_td {
+void bind(pybind11::module_& m);
+}
 }  // namespace prmfast
 
 PYBIND11_MODULE(_C, m) {
@@ -36,6 +39,8 @@ PYBIND11_MODULE(_C, m) {
   prmfast::picnn::bind(picnn);
   auto ias = m.def_submodule("ias");
   prmfast::ias::bind(ias);
+  auto candidate_td = m.def_submodule("candidate_td");
+  prmfast::candidate_td::bind(candidate_td);
 #ifdef PRMFAST_CUDA
   auto cuda = m.def_submodule("cuda", "Only in a build with PRMFAST_CUDA=1.");
   cuda.def("runtime_version", &prmfast::cuda::runtime_version);

@@ -32,7 +32,8 @@ def make_inputs(
     """Keyword arguments of the room's op for ``rows`` contexts or questions and ``columns`` levels or quantiles.
 
     picnn: params, context [rows, 5], levels [rows, columns] in [0, 1]. ias: quantiles [rows, columns], some of them
-    exactly 0, 1 and outside [0, 1]; target [rows]; n_max 64.
+    exactly 0, 1 and outside [0, 1]; target [rows]; n_max 64. candidate_td: policy_logits and reward_logits
+    [rows, columns], some of them -inf; sampled [rows].
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(rows, columns, generator=generator, dtype=torch.float64)
@@ -44,7 +45,13 @@ def make_inputs(
         quantiles = (1.2 * uniform - 0.1).round(decimals=2).sort(1).values
         target = 0.5 + 0.499 * torch.rand(rows, generator=generator, dtype=torch.float64)
         return {"quantiles": quantiles.to(dtype), "target": target, "n_max": 64}
-    raise ValueError(f"room must be 'picnn' or 'ias', got {room!r}")
+    if room == "candidate_td":
+        policy = 4 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        reward = policy + torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        policy[:, 1:][uniform[:, 1:] < 0.1] = -torch.inf
+        sampled = torch.randint(0, columns, (rows,), generator=generator)
+        return {"policy_logits": policy.to(dtype), "reward_logits": reward.to(dtype), "sampled": sampled}
+    raise ValueError(f"room must be 'picnn', 'ias' or 'candidate_td', got {room!r}")
 
 
 def assert_within_budget(fast: Tensor, *, truth: Tensor, same_dtype: Tensor | None = None, slack: float = 1e-5) -> None:

@@ -1,19 +1,25 @@
 """The ops: one contract each (checks, dispatch, fake, autograd) over several backends that cannot drift apart."""
 
+from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.ops._backends import available, resolve
+from prmfast.ops.candidate_td import candidate_td, linear_candidate_td, token_logprob
 from prmfast.ops.ias import ias_allocate, ias_budget, ias_curve
 from prmfast.ops.picnn import PicnnGradients, PicnnStep, picnn_map, picnn_step
 
 __all__ = [
+    "Candidates",
     "PicnnGradients",
     "PicnnParams",
     "PicnnStep",
     "available",
+    "candidate_td",
     "ias_allocate",
     "ias_budget",
     "ias_curve",
+    "linear_candidate_td",
     "picnn_map",
     "picnn_step",
     "resolve",
+    "token_logprob",
 ]

@@ -14,6 +14,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _MODULES: dict[str, dict[str, str]] = {
     "picnn": {"reference": "prmfast.kernels.picnn.reference", "cpu": "prmfast.ops._cpu.picnn"},
     "ias": {"reference": "prmfast.kernels.ias.reference", "cpu": "prmfast.ops._cpu.ias"},
+    "candidate_td": {
+        "reference": "prmfast.kernels.candidate_td.reference",
+        "cpu": "prmfast.ops._cpu.candidate_td",
+    },
 }
 ROOMS = tuple(_MODULES)
 _DEVICES = {"reference": ("cpu", "cuda", "mps", "xpu", "meta"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}

@@ -1,0 +1,57 @@
+// Blocks of a chunk: what the portable and the AVX-512 sweep share.
+#pragma once
+#include <algorithm>
+#include <limits>
+
+#include "candidate_td/sweep.h"
+#include "common/simd.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PRMFAST_NO_TARGET_CLONES)
+#define PRMFAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#endif
+
+namespace prmfast::candidate_td {
+
+constexpr int64_t kBlock = 64;     // logits a step: four independent sums
+constexpr int64_t kAhead = 2048;   // bytes; the hardware prefetcher stops at the page, and two streams halve its reach
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <class S>
+PRMFAST_INLINE void prefetch_block(const S* x) {
+  const char* p = reinterpret_cast<const char*>(x) + kAhead;
+  for (int64_t i = 0; i < kBlock * static_cast<int64_t>(sizeof(S)); i += 64) __builtin_prefetch(p + i);
+}
+
+inline float negative_infinity(float) { return -kInfinity; }
+inline BFloat16 negative_infinity(BFloat16) { return {0xff80}; }
+inline Float16 negative_infinity(Float16) { return {0xfc00}; }
+
+// The last n < 64 logits with -inf behind them.
+template <class S>
+struct Padded {
+  Padded(const S* x, int64_t n) {
+    std::copy_n(x, n, values);
+    std::fill(values + n, values + kBlock, negative_infinity(S{}));
+  }
+  S values[kBlock];
+};
+
+// Positions i .. end of the logits >= threshold behind the `found` ones in `out`; how many there are now.
+template <class S>
+PRMFAST_INLINE int64_t reach_each(const S* x, int64_t i, int64_t end, float threshold, int64_t found, int32_t* out) {
+  for (; i < end; ++i)
+    if (widen1(x + i) >= threshold) out[found++] = static_cast<int32_t>(i);
+  return found;
+}
+
+#ifdef PRMFAST_AVX512
+bool has_avx512();
+Sweep<float> sweep_avx512(const float* x, int64_t n, float scale, float reference);
+Sweep<float> sweep_avx512(const BFloat16* x, int64_t n, float scale, float reference);
+Sweep<float> sweep_avx512(const Float16* x, int64_t n, float scale, float reference);
+int64_t reach_avx512(const float* x, int64_t n, float threshold, int32_t* out);
+int64_t reach_avx512(const BFloat16* x, int64_t n, float threshold, int32_t* out);
+int64_t reach_avx512(const Float16* x, int64_t n, float threshold, int32_t* out);
+#endif
+
+}  // namespace prmfast::candidate_td
