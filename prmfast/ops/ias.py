@@ -16,6 +16,7 @@ _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 
 LIBRARY.define("ias_budget(Tensor quantiles, Tensor target, int n_max, str backend) -> Tensor")
+LIBRARY.define("ias_budget.number(Tensor quantiles, float target, int n_max, str backend) -> Tensor")
 LIBRARY.define("ias_curve(Tensor quantiles, int n_max, str backend) -> Tensor")
 LIBRARY.define("ias_curve_backward(Tensor grad, Tensor quantiles, str backend) -> Tensor")
 LIBRARY.define("ias_allocate(Tensor quantiles, int total, int n_max, int n_min, str backend) -> Tensor")
@@ -25,13 +26,17 @@ def _implementation(quantiles: Tensor, backend: str) -> Any:
     return load("ias", resolve("ias", quantiles.device, backend))
 
 
-def _check_quantiles(check: Check, quantiles: Tensor) -> None:
+def _check_quantiles(check: Check, quantiles: Tensor, module: Any) -> None:
     check.tensor("quantiles", quantiles, ndim=2)
     if quantiles.shape[1] == 0:
         raise ValueError(f"{check.op}: quantiles must have at least one column, got shape {tuple(quantiles.shape)}")
-    # One fast pass; a sum is NaN too where +inf meets -inf, and then the exact check decides.
-    if bool(torch.isnan(quantiles.sum())):
+    if not getattr(module, "FINDS_NAN", False):
         check.no_nan("quantiles", quantiles)
+
+
+def _check_number(check: Check, target: float) -> None:
+    if not 0 < target < 1:
+        raise ValueError(f"{check.op}: target must lie in (0, 1), got {target}")
 
 
 def _check_target(check: Check, quantiles: Tensor, target: Tensor) -> None:
@@ -43,24 +48,33 @@ def _check_target(check: Check, quantiles: Tensor, target: Tensor) -> None:
         if bool(outside.any()):
             row = int(outside.nonzero()[0])
             raise ValueError(f"{check.op}: target must lie in (0, 1), got {target[row].item()} in row {row}")
-    elif not 0 < target.item() < 1:
-        raise ValueError(f"{check.op}: target must lie in (0, 1), got {target.item()}")
+    else:
+        _check_number(check, target.item())
 
 
 def _budget(quantiles: Tensor, target: Tensor, n_max: int, backend: str) -> Tensor:
-    check = Check("ias_budget")
-    _check_quantiles(check, quantiles)
+    check, module = Check("ias_budget"), _implementation(quantiles, backend)
+    _check_quantiles(check, quantiles, module)
     _check_target(check, quantiles, target)
     check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    out: Tensor = _implementation(quantiles, backend).ias_budget(quantiles, target.double(), n_max)
+    out: Tensor = module.ias_budget(quantiles, target.double(), n_max)
+    return out
+
+
+def _budget_number(quantiles: Tensor, target: float, n_max: int, backend: str) -> Tensor:
+    check, module = Check("ias_budget"), _implementation(quantiles, backend)
+    _check_quantiles(check, quantiles, module)
+    _check_number(check, target)
+    check.integer("n_max", n_max, low=1, high=_INT32_MAX)
+    out: Tensor = module.ias_budget(quantiles, target, n_max)
     return out
 
 
 def _curve(quantiles: Tensor, n_max: int, backend: str) -> Tensor:
-    check = Check("ias_curve")
-    _check_quantiles(check, quantiles)
+    check, module = Check("ias_curve"), _implementation(quantiles, backend)
+    _check_quantiles(check, quantiles, module)
     check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    out: Tensor = _implementation(quantiles, backend).ias_curve(quantiles, n_max)
+    out: Tensor = module.ias_curve(quantiles, n_max)
     return out
 
 
@@ -70,19 +84,20 @@ def _curve_backward(grad: Tensor, quantiles: Tensor, backend: str) -> Tensor:
 
 
 def _allocate(quantiles: Tensor, total: int, n_max: int, n_min: int, backend: str) -> Tensor:
-    check = Check("ias_allocate")
-    _check_quantiles(check, quantiles)
+    check, module = Check("ias_allocate"), _implementation(quantiles, backend)
+    _check_quantiles(check, quantiles, module)
     check.integer("n_max", n_max, low=1, high=_INT32_MAX)
     check.integer("n_min", n_min, low=0, high=n_max)
     check.integer("total", total, low=0, high=_INT64_MAX)
     needed = quantiles.shape[0] * n_min
     if total < needed:
         raise ValueError(f"ias_allocate: total must be >= B * n_min = {needed}, got {total}")
-    out: Tensor = _implementation(quantiles, backend).ias_allocate(quantiles, total, n_max, n_min)
+    out: Tensor = module.ias_allocate(quantiles, total, n_max, n_min)
     return out
 
 
 LIBRARY.impl("ias_budget", _budget, "CompositeExplicitAutograd")
+LIBRARY.impl("ias_budget.number", _budget_number, "CompositeExplicitAutograd")
 LIBRARY.impl("ias_curve", _curve, "CompositeExplicitAutograd")
 LIBRARY.impl("ias_curve_backward", _curve_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("ias_allocate", _allocate, "CompositeExplicitAutograd")
@@ -90,6 +105,11 @@ LIBRARY.impl("ias_allocate", _allocate, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("prmfast::ias_budget", lib=LIBRARY)
 def _budget_fake(quantiles: Tensor, target: Tensor, n_max: int, backend: str) -> Tensor:
+    return quantiles.new_empty(quantiles.shape[0], dtype=torch.int32)
+
+
+@torch.library.register_fake("prmfast::ias_budget.number", lib=LIBRARY)
+def _budget_number_fake(quantiles: Tensor, target: float, n_max: int, backend: str) -> Tensor:
     return quantiles.new_empty(quantiles.shape[0], dtype=torch.int32)
 
 
@@ -160,9 +180,11 @@ def ias_budget(quantiles: Tensor, target: float | Tensor, n_max: int, *, backend
     check = Check("ias_budget")
     check.tensor("quantiles", quantiles, ndim=2)
     check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    if not isinstance(target, Tensor):
-        target = torch.tensor(_number(check, target), dtype=torch.float64)
-    out: Tensor = torch.ops.prmfast.ias_budget(quantiles, target, n_max, backend)
+    out: Tensor
+    if isinstance(target, Tensor):
+        out = torch.ops.prmfast.ias_budget.default(quantiles, target, n_max, backend)
+    else:
+        out = torch.ops.prmfast.ias_budget.number(quantiles, _number(check, target), n_max, backend)
     return out
 
 
@@ -187,7 +209,7 @@ def ias_curve(quantiles: Tensor, n_max: int, *, backend: str = "auto") -> Tensor
     check = Check("ias_curve")
     check.tensor("quantiles", quantiles, ndim=2)
     check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    out: Tensor = torch.ops.prmfast.ias_curve(quantiles, n_max, backend)
+    out: Tensor = torch.ops.prmfast.ias_curve.default(quantiles, n_max, backend)
     return out
 
 
@@ -215,5 +237,5 @@ def ias_allocate(quantiles: Tensor, total: int, n_max: int, *, n_min: int = 0, b
     check.tensor("quantiles", quantiles, ndim=2)
     for name, value in (("total", total), ("n_max", n_max), ("n_min", n_min)):
         check.integer(name, value, low=0)
-    out: Tensor = torch.ops.prmfast.ias_allocate(quantiles, total, n_max, n_min, backend)
+    out: Tensor = torch.ops.prmfast.ias_allocate.default(quantiles, total, n_max, n_min, backend)
     return out
