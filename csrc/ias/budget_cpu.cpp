@@ -255,13 +255,13 @@ PRMFAST_INLINE unsigned search_any(const Task& task, const Rows& rows, void* scr
   return task.stages < 3 ? search_wave<W, 2>(task, rows, scratch, out) : search_wave<W, kMostStages>(task, rows, scratch, out);
 }
 
-PRMFAST_AVX512 unsigned search_v4(const Task& task, const Rows& rows, void* scratch, int32_t* out) {
+PRMFAST_AVX512 unsigned search_avx512(const Task& task, const Rows& rows, void* scratch, int32_t* out) {
   return search_any<16>(task, rows, scratch, out);
 }
-PRMFAST_AVX2 unsigned search_v3(const Task& task, const Rows& rows, void* scratch, int32_t* out) {
+PRMFAST_AVX2 unsigned search_avx2(const Task& task, const Rows& rows, void* scratch, int32_t* out) {
   return search_any<8>(task, rows, scratch, out);
 }
-unsigned search_baseline(const Task& task, const Rows& rows, void* scratch, int32_t* out) {
+unsigned search_portable(const Task& task, const Rows& rows, void* scratch, int32_t* out) {
   return search_any<4>(task, rows, scratch, out);
 }
 
@@ -275,7 +275,7 @@ class WaveSearch {
         targets_(targets),
         task_{quantiles.columns, n_max, bits <= 4 ? 2 : bits <= 6 ? 3 : kMostStages},
         width_(chosen_isa() == Isa::kAvx512 ? 16 : chosen_isa() == Isa::kAvx2 ? 8 : 4),
-        search_(chosen_isa() == Isa::kAvx512 ? search_v4 : chosen_isa() == Isa::kAvx2 ? search_v3 : search_baseline),
+        search_(chosen_isa() == Isa::kAvx512 ? search_avx512 : chosen_isa() == Isa::kAvx2 ? search_avx2 : search_portable),
         stride_((quantiles.columns + 3) / 4 * 4),
         scratch_(quantiles.rows <= kFew ? 1 : quantiles.columns * (task_.stages - 1) * width_ / (2 * kLanes) + 1),
         exact_(quantiles, bits, n_max, nan) {

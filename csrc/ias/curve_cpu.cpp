@@ -200,10 +200,10 @@ PRMFAST_INLINE void curve_rows(const Rows<L, T>& rows, Scratch<L>* scratch, doub
 
 constexpr int kWide = 8, kNarrow = 4;
 
-PRMFAST_AVX512 void curve_v4(const Rows<kWide, float>& rows, void* scratch, double* starts, bool* number) {
+PRMFAST_AVX512 void curve_avx512(const Rows<kWide, float>& rows, void* scratch, double* starts, bool* number) {
   curve_rows<kWide>(rows, static_cast<Scratch<kWide>*>(scratch), starts, number);
 }
-PRMFAST_AVX512 void curve_v4(const Rows<kWide, double>& rows, void* scratch, double* starts, bool* number) {
+PRMFAST_AVX512 void curve_avx512(const Rows<kWide, double>& rows, void* scratch, double* starts, bool* number) {
   curve_rows<kWide>(rows, static_cast<Scratch<kWide>*>(scratch), starts, number);
 }
 PRMFAST_MULTIVERSION void curve_narrow(const Rows<kNarrow, float>& rows, void* scratch, double* starts, bool* number) {
@@ -244,7 +244,7 @@ int64_t curve(const Quantiles<T>& quantiles, int64_t n_max, T* out, int threads)
   parallel_rows(quantiles.rows, thread_count(quantiles.rows, quantiles.columns * n_max / 8, threads), [&](int, int64_t first, int64_t end) {
     const FlushDenormals flush(Flush::results_and_inputs);
     if (chosen_isa() == Isa::kAvx512) {
-      curve_range<kWide>(quantiles, n_max, first, end, out, &nan, [](auto&&... arguments) { curve_v4(arguments...); });
+      curve_range<kWide>(quantiles, n_max, first, end, out, &nan, [](auto&&... arguments) { curve_avx512(arguments...); });
     } else {
       curve_range<kNarrow>(quantiles, n_max, first, end, out, &nan, [](auto&&... arguments) { curve_narrow(arguments...); });
     }

@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "common/simd.h"
+
 namespace prmfast::test {
 
 #define CHECK(condition)                                                              \
@@ -53,6 +55,16 @@ class Random {
  private:
   std::mt19937 engine_{7};
 };
+
+// The tests of every variant that this CPU runs.
+template <class Tests>
+void each_isa(const Tests& tests) {
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512})
+    if (isa <= best_isa()) {
+      chosen_isa() = isa;
+      tests();
+    }
+}
 
 inline bool near(double a, double b, double tolerance) { return std::abs(a - b) <= tolerance * (1 + std::abs(b)); }
 
