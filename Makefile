@@ -32,7 +32,7 @@ lint: $(READY)  ## ruff, mypy, import-linter
 # Every variant of every kernel, once as built and once as for a CPU without run-time choice (tests/cpp, a file a room).
 CPP_TESTS := $(basename $(notdir $(wildcard tests/cpp/*_test.cpp)))
 SANITIZE := -std=c++17 -Icsrc -Wall -Wextra -Wno-psabi -Werror -O1 -g1 -fopenmp -fno-math-errno -fno-trapping-math \
-	-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+	-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all
 sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers; needs a compiler only
 	$(MAKE) --no-print-directory -j 2 $(CPP_TESTS:%=build/sanitize/%) $(CPP_TESTS:%=build/sanitize/portable/%)
 	for test in $(CPP_TESTS:%=build/sanitize/%) $(CPP_TESTS:%=build/sanitize/portable/%); do echo $$test && OMP_NUM_THREADS=3 $$test || exit 1; done

@@ -134,16 +134,15 @@ void test_shape(Random& random, const Shape& shape, int64_t rows, int64_t m, int
 template <class T>
 void test_type() {
   Random random;
-  for (const std::vector<int64_t>& widths : {std::vector<int64_t>{1, 1}, {3, 5, 1}, {8, 4, 9, 1}}) {
+  for (const std::vector<int64_t>& widths : {std::vector<int64_t>{1, 1}, {5, 3, 1}}) {
     const Shape smooth{widths, Activation::kSoftplus, 0, false, Gate::kSoftplus, true, 0.1};
     const Shape leaky{widths, Activation::kLeakyRelu, 0.2, true, Gate::kRelu, false, 0};
     for (const int64_t rows : {0, 1, 3})
-      for (const int64_t m : {1, 7, 8, 9, 15, 16, 17}) {
+      for (const int64_t m : {1, 8, 17}) {
         test_shape<T>(random, smooth, rows, m, rows == 1 ? 0 : m + 2, 1);
         test_shape<T>(random, leaky, rows, m, rows == 1 ? m : 0, 1);
       }
-    test_shape<T>(random, smooth, 40, 9, 9, 3);
-    test_shape<T>(random, smooth, 17, 33, 0, 1);
+    test_shape<T>(random, smooth, 17, 3, 3, 3);
   }
 }
 
