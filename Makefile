@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 
 TRACES ?= ../shared/data/math500_iid_samples.parquet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench gpu constraints clean distclean
+.PHONY: help demo test check lint sanitize bench gpu constraints clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,23 @@ lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every variant of every kernel, once as built and once as for a CPU without run-time choice (tests/cpp, a file a room).
+CPP_TESTS := $(basename $(notdir $(wildcard tests/cpp/*_test.cpp)))
+SANITIZE := -std=c++17 -Icsrc -Wall -Wextra -Wno-psabi -Werror -O1 -g1 -fopenmp -fno-math-errno -fno-trapping-math \
+	-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all
+sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers; needs a compiler only
+	$(MAKE) --no-print-directory -j 2 $(CPP_TESTS:%=build/sanitize/%) $(CPP_TESTS:%=build/sanitize/portable/%)
+	for test in $(CPP_TESTS:%=build/sanitize/%) $(CPP_TESTS:%=build/sanitize/portable/%); do echo $$test && OMP_NUM_THREADS=3 $$test || exit 1; done
+
+.SECONDEXPANSION:
+build/sanitize/portable/%_test: tests/cpp/%_test.cpp tests/cpp/check.h $$(wildcard csrc/%/* csrc/common/*)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -DPRMFAST_NO_TARGET_CLONES $(wildcard csrc/$*/*_cpu.cpp) $< -o $@
+
+build/sanitize/%_test: tests/cpp/%_test.cpp tests/cpp/check.h $$(wildcard csrc/%/* csrc/common/*)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) $(wildcard csrc/$*/*_cpu.cpp) $< -o $@
 
 bench: $(READY)  ## the benchmarks behind the README's tables: real traces (TRACES=...), then the synthetic law
 	$(BIN)/python -m benchmarks.calibration_real $(TRACES) --output benchmarks/results/calibration_real.json

@@ -9,6 +9,8 @@
 #else
 #define PRMFAST_MULTIVERSION
 #define PRMFAST_HAS_ISAS 0
+#define PRMFAST_AVX512
+#define PRMFAST_AVX2
 #endif
 
 namespace prmfast {

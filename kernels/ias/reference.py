@@ -18,8 +18,8 @@ def _failure(quantiles: Tensor) -> Tensor:
     return 1 - quantiles.double().clamp(0, 1)  # [B, M]
 
 
-def ias_budget(quantiles: Tensor, target: Tensor, n_max: int) -> Tensor:
-    """quantiles [B, M], target [] or [B] float64 -> int32 [B]: 1 + the number of N < n_max that miss the target."""
+def ias_budget(quantiles: Tensor, target: Tensor | float, n_max: int) -> Tensor:
+    """quantiles [B, M], target a number or [] or [B] float64 -> int32 [B]: 1 + the number of N < n_max that miss the target."""
     fail = _failure(quantiles)
     power = fail
     budget = torch.ones(len(fail), dtype=torch.int32, device=fail.device)

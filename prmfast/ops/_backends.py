@@ -58,9 +58,14 @@ def resolve(room: str, device: str | torch.device = "cpu", backend: str = "auto"
     backend
     that cannot be used raises: ValueError for an unknown name or a wrong device, RuntimeError where it is missing.
     """
-    kind = torch.device(device).type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     if backend == "auto":
         backend = os.environ.get("PRMFAST_BACKEND", "auto")
+    return _resolve(room, kind, backend)
+
+
+@functools.cache
+def _resolve(room: str, kind: str, backend: str) -> str:
     if backend == "auto":
         return available(room, kind)[-1]
     reason = why_missing(room, backend)

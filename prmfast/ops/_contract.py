@@ -54,7 +54,12 @@ class Check:
         bad = torch.isnan(value)
         if bool(bad.any()):
             rows = bad.reshape(value.shape[0], -1).any(1) if value.ndim else bad.reshape(1)
-            raise ValueError(f"{self.op}: {name} must not be NaN, got NaN in row {int(rows.nonzero()[0])}")
+            raise nan_error(self.op, name, int(rows.nonzero()[0]))
+
+
+def nan_error(op: str, name: str, row: int) -> ValueError:
+    """What an op raises, and a backend that finds the NaN itself."""
+    return ValueError(f"{op}: {name} must not be NaN, got NaN in row {row}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

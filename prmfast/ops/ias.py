@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from prmfast.ops._backends import load, resolve
-from prmfast.ops._contract import Check
+from prmfast.ops._contract import FLOATS, Check
 from prmfast.ops._library import LIBRARY
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 
+_BUDGET, _CURVE, _ALLOCATE = Check("ias_budget"), Check("ias_curve"), Check("ias_allocate")
+
 LIBRARY.define("ias_budget(Tensor quantiles, Tensor target, int n_max, str backend) -> Tensor")
+LIBRARY.define("ias_budget.number(Tensor quantiles, float target, int n_max, str backend) -> Tensor")
 LIBRARY.define("ias_curve(Tensor quantiles, int n_max, str backend) -> Tensor")
 LIBRARY.define("ias_curve_backward(Tensor grad, Tensor quantiles, str backend) -> Tensor")
 LIBRARY.define("ias_allocate(Tensor quantiles, int total, int n_max, int n_min, str backend) -> Tensor")
@@ -25,13 +28,24 @@ def _implementation(quantiles: Tensor, backend: str) -> Any:
     return load("ias", resolve("ias", quantiles.device, backend))
 
 
-def _check_quantiles(check: Check, quantiles: Tensor) -> None:
-    check.tensor("quantiles", quantiles, ndim=2)
+def _check_arguments(check: Check, quantiles: object, n_max: object) -> None:
+    """What the dispatcher would not say as well. A small batch is answered in less time than the checks take one by one."""
+    usual = type(quantiles) is Tensor and type(n_max) is int and 1 <= n_max <= _INT32_MAX
+    if not usual or quantiles.dtype not in FLOATS or quantiles.ndim != 2:  # type: ignore[attr-defined]
+        check.tensor("quantiles", quantiles, ndim=2)
+        check.integer("n_max", n_max, low=1, high=_INT32_MAX)
+
+
+def _check_quantiles(check: Check, quantiles: Tensor, module: Any) -> None:
     if quantiles.shape[1] == 0:
         raise ValueError(f"{check.op}: quantiles must have at least one column, got shape {tuple(quantiles.shape)}")
-    # One fast pass; a sum is NaN too where +inf meets -inf, and then the exact check decides.
-    if bool(torch.isnan(quantiles.sum())):
+    if not getattr(module, "FINDS_NAN", False):
         check.no_nan("quantiles", quantiles)
+
+
+def _check_number(check: Check, target: float) -> None:
+    if not 0 < target < 1:
+        raise ValueError(f"{check.op}: target must lie in (0, 1), got {target}")
 
 
 def _check_target(check: Check, quantiles: Tensor, target: Tensor) -> None:
@@ -39,28 +53,39 @@ def _check_target(check: Check, quantiles: Tensor, target: Tensor) -> None:
     if target.ndim == 1:
         check.shape("target", target, (quantiles.shape[0],))
         check.same_device("quantiles", quantiles, target=target)
-        outside = ~((target > 0) & (target < 1))
-        if bool(outside.any()):
-            row = int(outside.nonzero()[0])
+        if target.numel() == 0:
+            return
+        least, most = target.aminmax()  # both NaN where one is
+        if not (least.item() > 0 and most.item() < 1):
+            row = int((~((target > 0) & (target < 1))).nonzero()[0])
             raise ValueError(f"{check.op}: target must lie in (0, 1), got {target[row].item()} in row {row}")
-    elif not 0 < target.item() < 1:
-        raise ValueError(f"{check.op}: target must lie in (0, 1), got {target.item()}")
+    else:
+        _check_number(check, target.item())
 
 
 def _budget(quantiles: Tensor, target: Tensor, n_max: int, backend: str) -> Tensor:
-    check = Check("ias_budget")
-    _check_quantiles(check, quantiles)
-    _check_target(check, quantiles, target)
-    check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    out: Tensor = _implementation(quantiles, backend).ias_budget(quantiles, target.double(), n_max)
+    module = _implementation(quantiles, backend)
+    _check_arguments(_BUDGET, quantiles, n_max)
+    _check_quantiles(_BUDGET, quantiles, module)
+    _check_target(_BUDGET, quantiles, target)
+    out: Tensor = module.ias_budget(quantiles, target.double(), n_max)
+    return out
+
+
+def _budget_number(quantiles: Tensor, target: float, n_max: int, backend: str) -> Tensor:
+    module = _implementation(quantiles, backend)
+    _check_arguments(_BUDGET, quantiles, n_max)
+    _check_quantiles(_BUDGET, quantiles, module)
+    _check_number(_BUDGET, target)
+    out: Tensor = module.ias_budget(quantiles, target, n_max)
     return out
 
 
 def _curve(quantiles: Tensor, n_max: int, backend: str) -> Tensor:
-    check = Check("ias_curve")
-    _check_quantiles(check, quantiles)
-    check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    out: Tensor = _implementation(quantiles, backend).ias_curve(quantiles, n_max)
+    module = _implementation(quantiles, backend)
+    _check_arguments(_CURVE, quantiles, n_max)
+    _check_quantiles(_CURVE, quantiles, module)
+    out: Tensor = module.ias_curve(quantiles, n_max)
     return out
 
 
@@ -70,19 +95,20 @@ def _curve_backward(grad: Tensor, quantiles: Tensor, backend: str) -> Tensor:
 
 
 def _allocate(quantiles: Tensor, total: int, n_max: int, n_min: int, backend: str) -> Tensor:
-    check = Check("ias_allocate")
-    _check_quantiles(check, quantiles)
-    check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    check.integer("n_min", n_min, low=0, high=n_max)
-    check.integer("total", total, low=0, high=_INT64_MAX)
+    module = _implementation(quantiles, backend)
+    _check_arguments(_ALLOCATE, quantiles, n_max)
+    _check_quantiles(_ALLOCATE, quantiles, module)
+    _ALLOCATE.integer("n_min", n_min, low=0, high=n_max)
+    _ALLOCATE.integer("total", total, low=0, high=_INT64_MAX)
     needed = quantiles.shape[0] * n_min
     if total < needed:
         raise ValueError(f"ias_allocate: total must be >= B * n_min = {needed}, got {total}")
-    out: Tensor = _implementation(quantiles, backend).ias_allocate(quantiles, total, n_max, n_min)
+    out: Tensor = module.ias_allocate(quantiles, total, n_max, n_min)
     return out
 
 
 LIBRARY.impl("ias_budget", _budget, "CompositeExplicitAutograd")
+LIBRARY.impl("ias_budget.number", _budget_number, "CompositeExplicitAutograd")
 LIBRARY.impl("ias_curve", _curve, "CompositeExplicitAutograd")
 LIBRARY.impl("ias_curve_backward", _curve_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("ias_allocate", _allocate, "CompositeExplicitAutograd")
@@ -90,6 +116,11 @@ LIBRARY.impl("ias_allocate", _allocate, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("prmfast::ias_budget", lib=LIBRARY)
 def _budget_fake(quantiles: Tensor, target: Tensor, n_max: int, backend: str) -> Tensor:
+    return quantiles.new_empty(quantiles.shape[0], dtype=torch.int32)
+
+
+@torch.library.register_fake("prmfast::ias_budget.number", lib=LIBRARY)
+def _budget_number_fake(quantiles: Tensor, target: float, n_max: int, backend: str) -> Tensor:
     return quantiles.new_empty(quantiles.shape[0], dtype=torch.int32)
 
 
@@ -120,6 +151,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _number(check: Check, target: object) -> float:
+    if type(target) is float:
+        return target
     if isinstance(target, bool) or not isinstance(target, numbers.Real):
         raise TypeError(f"{check.op}: target must be a number or a torch.Tensor, got {type(target).__name__}")
     return float(target)
@@ -157,12 +190,12 @@ def ias_budget(quantiles: Tensor, target: float | Tensor, n_max: int, *, backend
         TypeError: a dtype or kind that is not accepted. ValueError: a NaN (named by its row), a target outside (0, 1),
             a shape that does not fit. RuntimeError: a backend that is missing here.
     """
-    check = Check("ias_budget")
-    check.tensor("quantiles", quantiles, ndim=2)
-    check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    if not isinstance(target, Tensor):
-        target = torch.tensor(_number(check, target), dtype=torch.float64)
-    out: Tensor = torch.ops.prmfast.ias_budget(quantiles, target, n_max, backend)
+    _check_arguments(_BUDGET, quantiles, n_max)
+    out: Tensor
+    if type(target) is Tensor or isinstance(target, Tensor):
+        out = torch.ops.prmfast.ias_budget.default(quantiles, target, n_max, backend)
+    else:
+        out = torch.ops.prmfast.ias_budget.number(quantiles, _number(_BUDGET, target), n_max, backend)
     return out
 
 
@@ -184,10 +217,8 @@ def ias_curve(quantiles: Tensor, n_max: int, *, backend: str = "auto") -> Tensor
     Raises:
         As `ias_budget`.
     """
-    check = Check("ias_curve")
-    check.tensor("quantiles", quantiles, ndim=2)
-    check.integer("n_max", n_max, low=1, high=_INT32_MAX)
-    out: Tensor = torch.ops.prmfast.ias_curve(quantiles, n_max, backend)
+    _check_arguments(_CURVE, quantiles, n_max)
+    out: Tensor = torch.ops.prmfast.ias_curve.default(quantiles, n_max, backend)
     return out
 
 
@@ -211,9 +242,8 @@ def ias_allocate(quantiles: Tensor, total: int, n_max: int, *, n_min: int = 0, b
     Raises:
         As `ias_budget`.
     """
-    check = Check("ias_allocate")
-    check.tensor("quantiles", quantiles, ndim=2)
-    for name, value in (("total", total), ("n_max", n_max), ("n_min", n_min)):
-        check.integer(name, value, low=0)
-    out: Tensor = torch.ops.prmfast.ias_allocate(quantiles, total, n_max, n_min, backend)
+    _check_arguments(_ALLOCATE, quantiles, n_max)
+    for name, value in (("total", total), ("n_min", n_min)):
+        _ALLOCATE.integer(name, value, low=0)
+    out: Tensor = torch.ops.prmfast.ias_allocate.default(quantiles, total, n_max, n_min, backend)
     return out

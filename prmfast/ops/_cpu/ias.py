@@ -1,4 +1,4 @@
-"""Room ias on the compiled CPU backend."""
+"""Room ias on the compiled CPU backend. It meets every NaN on its way and raises then, so that nobody has to look before."""
 
 from __future__ import annotations
 
@@ -6,45 +6,62 @@ import torch
 from torch import Tensor
 
 from prmfast.kernels.ias.reference import ias_curve_backward
+from prmfast.ops._contract import nan_error
 from prmfast.ops._cpu._extension import _C
 
-__all__ = ["ias_allocate", "ias_budget", "ias_curve", "ias_curve_backward"]
+__all__ = ["FINDS_NAN", "ias_allocate", "ias_budget", "ias_curve", "ias_curve_backward"]
+
+FINDS_NAN = True
+_BUDGET = {torch.float32: _C.ias.budget_f32, torch.float64: _C.ias.budget_f64}
+_BUDGET_AT = {torch.float32: _C.ias.budget_at_f32, torch.float64: _C.ias.budget_at_f64}
+_CURVE = {torch.float32: _C.ias.curve_f32, torch.float64: _C.ias.curve_f64}
+_ALLOCATE = {torch.float32: _C.ias.allocate_f32, torch.float64: _C.ias.allocate_f64}
 
 
-def _rows(quantiles: Tensor) -> tuple[Tensor, str, tuple[int, int, int, int]]:
-    """Quantiles as float32 or float64, columns contiguous; the entry points' suffix; (pointer, B, M, row stride)."""
-    if quantiles.dtype not in (torch.float32, torch.float64):
+def _rows(quantiles: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Quantiles as float32 or float64 with contiguous columns; (pointer, B, M, row stride)."""
+    if quantiles.dtype not in _CURVE:
         quantiles = quantiles.float()
-    if quantiles.stride(1) != 1:
+    stride, step = quantiles.stride()
+    if step != 1:
         quantiles = quantiles.contiguous()
-    suffix = "f64" if quantiles.dtype == torch.float64 else "f32"
+        stride = quantiles.stride(0)
     rows, columns = quantiles.shape
-    return quantiles, suffix, (quantiles.data_ptr(), rows, columns, quantiles.stride(0))
+    return quantiles, (quantiles.data_ptr(), rows, columns, stride)
 
 
-def ias_budget(quantiles: Tensor, target: Tensor, n_max: int) -> Tensor:
+def _no_nan(op: str, row: int) -> None:
+    if row >= 0:
+        raise nan_error(op, "quantiles", row)
+
+
+def ias_budget(quantiles: Tensor, target: Tensor | float, n_max: int) -> Tensor:
     """See the reference."""
-    held, suffix, view = _rows(quantiles)
-    wanted = target.double()
-    out = held.new_empty(len(held), dtype=torch.int32)
-    run = getattr(_C.ias, f"budget_{suffix}")
-    run(
-        *view, wanted.data_ptr(), wanted.stride(0) if wanted.ndim else 0, n_max, out.data_ptr(), torch.get_num_threads()
-    )
+    held, view = _rows(quantiles)
+    out = held.new_empty(view[1], dtype=torch.int32)
+    threads = torch.get_num_threads()
+    if isinstance(target, float):
+        bad = _BUDGET_AT[held.dtype](*view, target, n_max, out.data_ptr(), threads)
+    else:
+        wanted = target.double()
+        stride = wanted.stride(0) if wanted.ndim else 0
+        bad = _BUDGET[held.dtype](*view, wanted.data_ptr(), stride, n_max, out.data_ptr(), threads)
+    _no_nan("ias_budget", bad)
     return out
 
 
 def ias_curve(quantiles: Tensor, n_max: int) -> Tensor:
     """See the reference."""
-    held, suffix, view = _rows(quantiles)
-    out = held.new_empty(len(held), n_max)
-    getattr(_C.ias, f"curve_{suffix}")(*view, n_max, out.data_ptr(), torch.get_num_threads())
+    held, view = _rows(quantiles)
+    out = held.new_empty(view[1], n_max)
+    _no_nan("ias_curve", _CURVE[held.dtype](*view, n_max, out.data_ptr(), torch.get_num_threads()))
     return out
 
 
 def ias_allocate(quantiles: Tensor, total: int, n_max: int, n_min: int) -> Tensor:
     """See the reference."""
-    held, suffix, view = _rows(quantiles)
-    out = held.new_empty(len(held), dtype=torch.int32)
-    getattr(_C.ias, f"allocate_{suffix}")(*view, total, n_max, n_min, out.data_ptr(), torch.get_num_threads())
+    held, view = _rows(quantiles)
+    out = held.new_empty(view[1], dtype=torch.int32)
+    bad = _ALLOCATE[held.dtype](*view, total, n_max, n_min, out.data_ptr(), torch.get_num_threads())
+    _no_nan("ias_allocate", bad)
     return out
