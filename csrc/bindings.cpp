@@ -12,6 +12,9 @@ void bind(pybind11::module_& m);
 namespace ias {
 void bind(pybind11::module_& m);
 }
+namespace dist_ppo {
+void bind(pybind11::module_& m);
+}
 }  // namespace prmfast
 
 PYBIND11_MODULE(_C, m) {
@@ -20,6 +23,8 @@ PYBIND11_MODULE(_C, m) {
   prmfast::picnn::bind(picnn);
   auto ias = m.def_submodule("ias");
   prmfast::ias::bind(ias);
+  auto dist_ppo = m.def_submodule("dist_ppo");
+  prmfast::dist_ppo::bind(dist_ppo);
 #ifdef PRMFAST_CUDA
   auto cuda = m.def_submodule("cuda", "Only in a build with PRMFAST_CUDA=1.");
   cuda.def("runtime_version", &prmfast::cuda::runtime_version);

@@ -21,7 +21,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-PRMFAST_INLINE Wide broadcast16(float x) { return Wide{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+// GCC 12 makes sixteen masked moves of a braced list of one variable, and one broadcast of this.
+PRMFAST_INLINE Wide broadcast16(float x) { return WideInt{} == 0 ? x : 0.0f; }
 
 template <class To, class From>
 PRMFAST_INLINE To bit_cast(const From& from) {

@@ -14,6 +14,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _MODULES: dict[str, dict[str, str]] = {
     "picnn": {"reference": "prmfast.kernels.picnn.reference", "cpu": "prmfast.ops._cpu.picnn"},
     "ias": {"reference": "prmfast.kernels.ias.reference", "cpu": "prmfast.ops._cpu.ias"},
+    "dist_ppo": {"reference": "prmfast.kernels.dist_ppo.reference", "cpu": "prmfast.ops._cpu.dist_ppo"},
 }
 ROOMS = tuple(_MODULES)
 _DEVICES = {"reference": ("cpu", "cuda", "mps", "xpu", "meta"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
