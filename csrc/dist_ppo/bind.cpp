@@ -75,6 +75,9 @@ void bind(py::module_& m) {
     absorb_block(rows<const float>(block), first, entries(spans), temperature, at<float>(reference), at<double>(sum),
                  at<float>(entry_logits), threads);
   });
+  m.def("finish_blocks", [](Address reference, Address sum, int64_t rows, double temperature, Address lse) {
+    return finish_blocks(at<const float>(reference), at<const double>(sum), rows, temperature, at<double>(lse));
+  });
   m.def("differentiate_block", [](const View& block, int64_t first, const Spans& spans, Address lse, Address coefficients,
                                   double temperature, int threads) {
     py::gil_scoped_release release;

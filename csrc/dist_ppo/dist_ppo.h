@@ -46,11 +46,14 @@ double loss_and_gradient(const Rows<const S>& logits, const Entries& entries, co
                          double* coefficients, const Rows<S>& out, int threads);
 
 // A block of columns first .. first + columns of the logits: (reference, sum) of every row goes on from where the last block
-// left it, starting at (kNoReference, 0), with log-sum-exp = reference / temperature + log(sum); logits of entries within the
-// block go to entry_logits.
+// left it, starting at (kNoReference, 0); logits of entries within the block go to entry_logits.
 constexpr float kNoReference = -3.4028234663852886e38f;
 void absorb_block(const Rows<const float>& block, int64_t first, const Entries& entries, double temperature, float* reference,
                   double* sum, float* entry_logits, int threads);
+
+// lse of the rows after the last block. It holds for logits divided by the temperature that is returned, which differs from
+// the given one by a rounding.
+double finish_blocks(const float* reference, const double* sum, int64_t rows, double temperature, double* lse);
 
 // The block turned into its part of d loss / d logits, in place.
 void differentiate_block(const Rows<float>& block, int64_t first, const Entries& entries, const double* lse,

@@ -7,7 +7,6 @@
 #include "common/parallel_for.h"
 #include "common/simd.h"
 #include "dist_ppo/dist_ppo.h"
-#include "dist_ppo/stream.h"
 
 namespace prmfast::dist_ppo {
 namespace {
@@ -17,7 +16,14 @@ constexpr int64_t kChunk = 2048;           // logits between two looks at the ru
 constexpr int64_t kAhead = 2048;           // bytes that memory is asked for in advance
 constexpr float kJump = 16;                // powers of two that a logit may exceed the reference by
 constexpr int64_t kWorkPerLogit = 20;
-constexpr int64_t kStreamFrom = 16 << 20;  // bytes: what is larger is no longer in the cache when somebody reads it
+
+// The lines of a pair that comes later: twice as fast as what the hardware foresees, and faster than stores that pass the cache.
+template <class S>
+PRMFAST_INLINE void ask_for_pair(const S* p) {
+  const char* ahead = reinterpret_cast<const char*>(p) + kAhead;
+  __builtin_prefetch(ahead);
+  if (sizeof(S) == 4) __builtin_prefetch(ahead + 64);
+}
 
 // Two vectors of logits. Which of the 32 go to a and which to b is the storage's choice: load and store agree.
 struct Pair {
@@ -41,12 +47,10 @@ PRMFAST_INLINE void store_pair(Float16* p, Pair v) {
   store16(p, v.a);
   store16(p + kWide, v.b);
 }
-PRMFAST_INLINE WideBits round_to_upper_half(Wide v) {  // nearest, ties to even; the only NaN that comes here is inf * 0
-  const WideBits bits = bit_cast<WideBits>(v);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
+// To nearest. A tie, which is an accident of float32 arithmetic, goes away from zero: three instructions less.
 PRMFAST_INLINE void store_pair(BFloat16* p, Pair v) {
-  const WideBits bits = (round_to_upper_half(v.a) >> 16) | (round_to_upper_half(v.b) & 0xffff0000u);
+  const WideBits a = bit_cast<WideBits>(v.a) + 0x8000u, b = bit_cast<WideBits>(v.b) + 0x8000u;
+  const WideBits bits = (a >> 16) | (b & 0xffff0000u);
   std::memcpy(p, &bits, sizeof bits);
 }
 
@@ -74,25 +78,71 @@ PRMFAST_INLINE void store_one(S* p, double v) {
   p->bits = bits[0];
 }
 
-// 2^z = mantissa * scale for z < 128, 1e-7 relative (a minimax polynomial that is exact at whole z); exactly 0 from z = -126.5
-// down. NaN stays NaN in the product.
-struct Power {
-  Wide mantissa, scale;
-};
-PRMFAST_INLINE Power exp2_parts(Wide z) {
-  const Wide low = broadcast16(-127.0f), magic = broadcast16(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds
-  z = z < low ? low : z;
-  const Wide t = z + magic, r = z - (t - magic);
-  Wide y = broadcast16(1.326465239e-3f);
-  y = y * r + 9.671511324e-3f;
-  y = y * r + 5.550733963e-2f;
-  y = y * r + 2.402224212e-1f;
-  y = y * r + 6.931469775e-1f;
-  y = y * r + 1.0f;
-  return {y, bit_cast<Wide>(bit_cast<WideBits>(t) << 23)};  // t's low bits hold z + 127, an exponent already
-}
+// Minimax polynomials of 2^r on [-1/2, 1/2], exact at 0: 1e-7 relative, and 3e-6 where the result is rounded to a half type.
+constexpr float kFull[] = {1.0f, 6.931469775e-1f, 2.402224212e-1f, 5.550733963e-2f, 9.671511324e-3f, 1.326465239e-3f};
+constexpr float kShort[] = {1.0f, 6.931241934e-1f, 2.402409861e-1f, 5.590642482e-2f, 9.582853121e-3f};
 
-// sum over the row of 2^((x - reference) * scale): the reference moves up when a logit exceeds it by a lot.
+template <int n>
+struct Polynomial {
+  Wide c[n];
+  PRMFAST_INLINE Polynomial(const float (&coefficients)[n], float factor) {
+    for (int i = 0; i < n; ++i) c[i] = broadcast16(coefficients[i] * factor);
+  }
+  PRMFAST_INLINE Wide operator()(Wide r) const {
+    Wide y = c[n - 1];
+    for (int i = n - 2; i >= 0; --i) y = y * r + c[i];
+    return y;
+  }
+};
+
+// Logits in powers of two: 2^(x slope) = e^(x / temperature), for a temperature that differs from the caller's by the rounding
+// of slope alone. Whoever subtracts a log-sum-exp must use the same one.
+struct Scale {
+  float slope;
+  double ln;  // natural logarithms in a unit of x
+  explicit Scale(double temperature) : slope(static_cast<float>(1 / (temperature * kLn2))), ln(slope * kLn2) {}
+  static constexpr double kLn2 = 0.69314718055994531;
+};
+
+// What logits are held against so that 2^(...) stays in range. Near 0 it is a whole power of two, taken off the exponent for
+// nothing; elsewhere x slope would lose digits, and the reference is subtracted from the logits first.
+struct Origin {
+  float shift, power;  // x slope - exponent() = (x - shift) slope - power
+  bool shifted;
+  double exponent;
+  Origin(float reference, const Scale& scale) : Origin(static_cast<double>(reference) * scale.slope, scale) {}
+  Origin(double wanted, const Scale& scale) {
+    shifted = !(std::abs(wanted) <= kNear);
+    power = shifted ? 0 : static_cast<float>(std::nearbyint(wanted));
+    shift = shifted ? static_cast<float>(wanted / scale.slope) : 0;
+    exponent = shifted ? static_cast<double>(shift) * scale.slope : power;
+  }
+  static constexpr double kNear = 256;
+};
+
+// 2^((x - shift) slope - power) = polynomial(r) * scale, for values below 2^128; exactly 0 from 2^-126.5 down. NaN stays NaN in
+// the product.
+struct Power {
+  Wide r, scale;
+};
+template <bool shifted>
+struct Exponential {
+  Wide slope, shift, low, magic;
+  PRMFAST_INLINE Exponential(const Origin& origin, const Scale& scale)
+      : slope(broadcast16(scale.slope)),
+        shift(broadcast16(origin.shift)),
+        low(broadcast16(std::max((origin.power - 127) / scale.slope, kNoReference))),
+        magic(broadcast16(12582912.0f + 127.0f - origin.power)) {}  // 1.5 * 2^23: adding it rounds
+  PRMFAST_INLINE Power operator()(Wide x) const {
+    if (shifted) x = x - shift;
+    x = low > x ? low : x;
+    const Wide t = x * slope + magic;
+    return {x * slope - (t - magic), bit_cast<Wide>(bit_cast<WideBits>(t) << 23)};  // t's low bits are the exponent's
+  }
+};
+
+// A sum over the row of 2^(x slope - exponent of the origin at reference); the reference moves up when a logit exceeds it by a
+// lot.
 struct Softmax {
   float reference;
   double sum;
@@ -102,22 +152,21 @@ struct Chunk {
   float top, sum;
 };
 
-template <class S>
-PRMFAST_INLINE Chunk sum_chunk(const S* x, int64_t n, float reference, float scale) {
-  const Wide shift = broadcast16(reference), slope = broadcast16(scale);
+template <bool shifted, class S>
+PRMFAST_INLINE Chunk sum_chunk(const S* x, int64_t n, const Origin& origin, const Scale& scale) {
+  const Exponential<shifted> exponential(origin, scale);
+  const Polynomial polynomial(kFull, 1);
   Wide top_a = broadcast16(kNoReference), top_b = top_a, sum_a{}, sum_b{};
   const auto add = [&](Pair v) __attribute__((always_inline)) {
     top_a = v.a > top_a ? v.a : top_a;
     top_b = v.b > top_b ? v.b : top_b;
-    const Power a = exp2_parts((v.a - shift) * slope), b = exp2_parts((v.b - shift) * slope);
-    sum_a += a.mantissa * a.scale;
-    sum_b += b.mantissa * b.scale;
+    const Power a = exponential(v.a), b = exponential(v.b);
+    sum_a += polynomial(a.r) * a.scale;
+    sum_b += polynomial(b.r) * b.scale;
   };
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
-    const char* ahead = reinterpret_cast<const char*>(x + i) + kAhead;
-    __builtin_prefetch(ahead);
-    if (sizeof(S) == 4) __builtin_prefetch(ahead + 64);
+    ask_for_pair(x + i);
     add(load_pair(x + i));
   }
   if (i < n) add(load_some(x + i, n - i, minus_infinity(S{})));
@@ -125,25 +174,27 @@ PRMFAST_INLINE Chunk sum_chunk(const S* x, int64_t n, float reference, float sca
 }
 
 template <class S>
-PRMFAST_INLINE Softmax absorb(const S* x, int64_t n, float scale, Softmax state) {
-  for (int64_t i = 0; i < n; i += kChunk) {
+PRMFAST_INLINE Softmax absorb(const S* x, int64_t n, const Scale& scale, Softmax state) {
+  Origin origin(state.reference, scale);
+  for (int64_t i = 0; i < n;) {
     const int64_t m = std::min(kChunk, n - i);
-    Chunk chunk = sum_chunk(x + i, m, state.reference, scale);
-    if (chunk.top > state.reference + kJump / scale) {
-      state.sum *= std::exp2((static_cast<double>(state.reference) - chunk.top) * scale);
-      state.reference = chunk.top;
-      chunk = sum_chunk(x + i, m, state.reference, scale);
+    const Chunk chunk = origin.shifted ? sum_chunk<true>(x + i, m, origin, scale) : sum_chunk<false>(x + i, m, origin, scale);
+    if (chunk.top > state.reference && chunk.top * static_cast<double>(scale.slope) > origin.exponent + kJump) {
+      const double before = origin.exponent;
+      origin = Origin(state.reference = chunk.top, scale);
+      state.sum *= std::exp2(before - origin.exponent);
+      continue;  // the same chunk again
     }
     state.sum += chunk.sum;
+    i += m;
   }
   return state;
 }
 
-float log2_scale(double temperature) { return static_cast<float>(1.4426950408889634 / temperature); }
-
-double log_sum(const Softmax& state, double temperature) {
+double log_sum(const Softmax& state, const Scale& scale) {
   const bool whole = state.sum > 0 && state.sum <= std::numeric_limits<double>::max();
-  return whole ? state.reference / temperature + std::log(state.sum) : std::numeric_limits<double>::quiet_NaN();
+  if (!whole) return std::numeric_limits<double>::quiet_NaN();
+  return Origin(state.reference, scale).exponent * Scale::kLn2 + std::log(state.sum);
 }
 
 // pi_old * min(rho A, clip(rho) A), with pi_old multiplied in so that nothing overflows, and its derivative by log pi_theta;
@@ -177,17 +228,19 @@ struct Job {
   double temperature;
   Rows<S> out;                 // data is null where no gradient is wanted
   int64_t first;               // id of the first column
-  bool stream;
 };
 
 template <class S>
 void measure_row(const Job<S>& job, int64_t t, const Softmax& state) {
   const Objective& rule = *job.objective;
   const S* x = job.logits.data + t * job.logits.stride;
-  const double lse = job.lse[t] = log_sum(state, job.temperature), weight = rule.row_weight[t * rule.row_weight_stride];
+  const Scale scale(job.temperature);
+  // One token is certain, and exactly so: a rounded sum would leave a gradient behind.
+  const double lse = job.lse[t] = job.logits.columns == 1 ? load1(x) * scale.ln : log_sum(state, scale);
+  const double weight = rule.row_weight[t * rule.row_weight_stride];
   double total = 0;
   for (int64_t e = job.entries.begin[t]; e < job.entries.end[t]; ++e) {
-    const double logp = load1(x + job.entries.token_ids[e]) / job.temperature - lse;
+    const double logp = load1(x + job.entries.token_ids[e]) * scale.ln - lse;
     const Term found = term(logp, rule.policy_logp[e], rule.advantage[e], rule);
     total -= weight * found.value;
     job.coefficients[e] = -weight * found.slope;
@@ -196,30 +249,35 @@ void measure_row(const Job<S>& job, int64_t t, const Softmax& state) {
 }
 
 template <class S>
-PRMFAST_INLINE void write_chunk(const S* x, int64_t n, float reference, float scale, float factor, S* out) {
-  const Wide shift = broadcast16(reference), slope = broadcast16(scale), by = broadcast16(factor);
+constexpr auto& kRounded = kShort;
+template <>
+constexpr auto& kRounded<float> = kFull;
+
+template <bool shifted, class S>
+PRMFAST_INLINE void write_row(const S* x, int64_t n, const Origin& origin, const Scale& scale, float factor, S* out) {
+  const Exponential<shifted> exponential(origin, scale);
+  const Polynomial polynomial(kRounded<S>, factor);
   const auto grad = [&](Pair v) __attribute__((always_inline)) {
-    const Power a = exp2_parts((v.a - shift) * slope), b = exp2_parts((v.b - shift) * slope);
-    return Pair{a.mantissa * (a.scale * by), b.mantissa * (b.scale * by)};
+    const Power a = exponential(v.a), b = exponential(v.b);
+    return Pair{polynomial(a.r) * a.scale, polynomial(b.r) * b.scale};
   };
   int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) store_pair(out + i, grad(load_pair(x + i)));
+  for (; i + kPair <= n; i += kPair) {
+    ask_for_pair(out + i);
+    store_pair(out + i, grad(load_pair(x + i)));
+  }
   if (i < n) store_some(out + i, grad(load_some(x + i, n - i, minus_infinity(S{}))), n - i);
 }
 
 template <class S>
-void zero_row(const Job<S>& job, int64_t t) {
+PRMFAST_INLINE void zero_row(const Job<S>& job, int64_t t) {
   S* out = job.out.data + t * job.out.stride;
-  if (job.stream)
-    stream_zeros(out, job.out.columns * sizeof(S));
-  else
-    std::memset(static_cast<void*>(out), 0, job.out.columns * sizeof(S));
-}
-
-// Elements before the first cache line that begins in p.
-template <class S>
-int64_t to_line(const S* p) {
-  return (kLine - reinterpret_cast<uintptr_t>(p) % kLine) % kLine / sizeof(S);
+  int64_t i = 0;
+  for (; i + kPair <= job.out.columns; i += kPair) {
+    ask_for_pair(out + i);
+    store_pair(out + i, {Wide{}, Wide{}});
+  }
+  std::memset(static_cast<void*>(out + i), 0, (job.out.columns - i) * sizeof(S));
 }
 
 // out = sum_c g_c (1[v = c] - pi_theta(v)) / temperature. Entries' values are made before anything is written: out may be x.
@@ -237,32 +295,27 @@ PRMFAST_INLINE void gradient_row(const Job<S>& job, int64_t t, std::vector<doubl
   }
   if (!moves) return zero_row(job, t);
   const double lse = job.lse[t], temperature = job.temperature;
-  int64_t next = std::lower_bound(ids + begin, ids + end, job.first) - ids;
-  const int64_t last = std::lower_bound(ids + next, ids + end, job.first + n) - ids;
-  const int64_t base = next;
+  const Scale scale(temperature);
+  const int64_t base = std::lower_bound(ids + begin, ids + end, job.first) - ids;
+  const int64_t last = std::lower_bound(ids + base, ids + end, job.first + n) - ids;
   fixed.resize(last - base);
   for (int64_t e = base; e < last; ++e) {
-    const double p = std::exp(load1(x + (ids[e] - job.first)) / temperature - lse);
+    const double p = std::exp(load1(x + (ids[e] - job.first)) * scale.ln - lse);
     fixed[e - base] = (job.coefficients[e] - total * p) / temperature;
   }
-  // lse in float32 would cost digits: what its rounding loses goes into the factor.
-  const float reference = static_cast<float>(lse * temperature), scale = log2_scale(temperature);
-  const float factor = static_cast<float>(-total / temperature * std::exp(reference / temperature - lse));
-  alignas(kLine) S staged[kChunk];
-  for (int64_t i = 0; i < n;) {
-    const int64_t head = job.stream ? to_line(out + i) : 0, m = std::min(head > 0 ? head : kChunk, n - i);
-    S* to = job.stream ? staged : out + i;
-    write_chunk(x + i, m, reference, scale, factor, to);
-    for (; next < last && ids[next] < job.first + i + m; ++next) store_one(to + (ids[next] - job.first - i), fixed[next - base]);
-    if (job.stream) stream_bytes(out + i, staged, m * sizeof(S));
-    i += m;
-  }
+  const Origin origin(lse / Scale::kLn2, scale);
+  const float factor = static_cast<float>(-total / temperature * std::exp(origin.exponent * Scale::kLn2 - lse));
+  if (origin.shifted)
+    write_row<true>(x, n, origin, scale, factor, out);
+  else
+    write_row<false>(x, n, origin, scale, factor, out);
+  for (int64_t e = base; e < last; ++e) store_one(out + (ids[e] - job.first), fixed[e - base]);
 }
 
 template <class S>
 PRMFAST_INLINE void some_rows(const Job<S>& job, int64_t begin, int64_t end) {
   const FlushDenormals flush(Flush::results);  // of inputs not: a float16 subnormal is widened through a float32 one
-  const float scale = log2_scale(job.temperature);
+  const Scale scale(job.temperature);
   std::vector<double> fixed;
   for (int64_t t = begin; t < end; ++t) {
     const bool empty = job.entries.begin[t] == job.entries.end[t];
@@ -278,7 +331,6 @@ PRMFAST_INLINE void some_rows(const Job<S>& job, int64_t begin, int64_t end) {
     else
       gradient_row(job, t, fixed);
   }
-  if (job.stream) stream_end();
 }
 
 PRMFAST_MULTIVERSION void run(const Job<float>& job, int64_t begin, int64_t end) { some_rows(job, begin, end); }
@@ -291,12 +343,7 @@ void run_all(const Job<S>& job, int threads) {
   parallel_rows(job.logits.rows, threads, [&](int, int64_t begin, int64_t end) { run(job, begin, end); });
 }
 
-template <class S>
-bool worth_streaming(const Rows<const S>& logits, const Rows<S>& out) {
-  return out.data != logits.data && out.rows * out.columns * static_cast<int64_t>(sizeof(S)) >= kStreamFrom;
-}
-
-PRMFAST_MULTIVERSION void absorb_rows(const Rows<const float>& block, float scale, float* reference, double* sum, int64_t begin,
+PRMFAST_MULTIVERSION void absorb_rows(const Rows<const float>& block, const Scale& scale, float* reference, double* sum, int64_t begin,
                                       int64_t end) {
   const FlushDenormals flush(Flush::results);
   for (int64_t t = begin; t < end; ++t) {
@@ -312,8 +359,7 @@ template <class S>
 double loss_and_gradient(const Rows<const S>& logits, const Entries& entries, const Objective& objective, double* lse,
                          double* coefficients, const Rows<S>& out, int threads) {
   std::vector<double> row_loss(logits.rows);
-  const Job<S> job{logits,   entries,          &objective, lse, coefficients, row_loss.data(), objective.temperature,
-                   out,      0,                out.data != nullptr && worth_streaming(logits, out)};
+  const Job<S> job{logits, entries, &objective, lse, coefficients, row_loss.data(), objective.temperature, out, 0};
   run_all(job, threads);
   double total = 0;
   for (const double one : row_loss) total += one;  // in the order of the rows, whatever the threads
@@ -330,13 +376,13 @@ template <class S>
 void gradient(const Rows<const S>& logits, const Entries& entries, const double* lse, const double* coefficients,
               double temperature, const Rows<S>& out, int threads) {
   run_all(Job<S>{logits, entries, nullptr, const_cast<double*>(lse), const_cast<double*>(coefficients), nullptr, temperature, out,
-                 0, worth_streaming(logits, out)},
+                 0},
           threads);
 }
 
 void absorb_block(const Rows<const float>& block, int64_t first, const Entries& entries, double temperature, float* reference,
                   double* sum, float* entry_logits, int threads) {
-  const float scale = log2_scale(temperature);
+  const Scale scale(temperature);
   threads = thread_count(block.rows, block.columns * kWorkPerLogit, threads);
   parallel_rows(block.rows, threads, [&](int, int64_t begin, int64_t end) {
     absorb_rows(block, scale, reference, sum, begin, end);
@@ -348,11 +394,17 @@ void absorb_block(const Rows<const float>& block, int64_t first, const Entries& 
   });
 }
 
+double finish_blocks(const float* reference, const double* sum, int64_t rows, double temperature, double* lse) {
+  const Scale scale(temperature);
+  for (int64_t t = 0; t < rows; ++t) lse[t] = log_sum({reference[t], sum[t]}, scale);
+  return 1 / scale.ln;
+}
+
 void differentiate_block(const Rows<float>& block, int64_t first, const Entries& entries, const double* lse,
                          const double* coefficients, double temperature, int threads) {
   const Rows<const float> logits{block.data, block.rows, block.columns, block.stride};
   run_all(Job<float>{logits, entries, nullptr, const_cast<double*>(lse), const_cast<double*>(coefficients), nullptr, temperature,
-                     block, first, false},
+                     block, first},
           threads);
 }
 

@@ -60,9 +60,7 @@ def settle(
     return -(weight * terms(logp, candidates, rule)).sum(), -(weight * slopes(logp, candidates, rule))
 
 
-def dist_ppo(
-    logits: Tensor, candidates: Candidates, row_weight: Tensor, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor]:
+def dist_ppo(logits: Tensor, candidates: Candidates, row_weight: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """The loss [], log-sum-exp of logits / temperature [T] (0 in rows without candidates), d loss / d log pi [nnz]."""
     active = candidates.offsets.diff() > 0
     lse = logits.new_zeros(len(logits), dtype=torch.float64)

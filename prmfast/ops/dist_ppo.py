@@ -68,7 +68,9 @@ def _check_values(check: Check, candidates: Candidates, vocabulary: int) -> None
         raise ValueError(f"{check.op}: candidates.offsets must not decrease, got {pair[1]} after {pair[0]} in row {at}")
     ends = int(offsets[0]), int(offsets[-1])
     if ends != (0, len(ids)):
-        raise ValueError(f"{check.op}: candidates.offsets must run from 0 to nnz = {len(ids)}, got {ends[0]} to {ends[1]}")
+        raise ValueError(
+            f"{check.op}: candidates.offsets must run from 0 to nnz = {len(ids)}, got {ends[0]} to {ends[1]}"
+        )
     at = _first((ids < 0) | (ids >= vocabulary))
     if at is not None:
         raise ValueError(
@@ -142,16 +144,22 @@ def _check_out(check: Check, name: str, out: Tensor, logits: Tensor) -> None:
     check.same_device("logits", logits, **{name: out})
     (rows, columns), step = out.shape, out.stride(0)
     if (columns > 1 and out.stride(1) != 1) or (rows > 1 and step < columns):
-        raise ValueError(f"{check.op}: {name} must have contiguous columns in rows of their own, got strides {out.stride()}")
+        raise ValueError(
+            f"{check.op}: {name} must have contiguous columns in rows of their own, got strides {out.stride()}"
+        )
     same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
     if same or out.numel() == 0 or out.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr():
         return
     begin, other = out.storage_offset(), logits.storage_offset()
-    end, other_end = (t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (out, logits))
+    end, other_end = (
+        t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (out, logits)
+    )
     apart = begin > other_end or other > end
     side_by_side = out.stride() == logits.stride() and columns <= (begin - other) % step <= step - columns
     if not apart and not side_by_side:
-        raise ValueError(f"{check.op}: {name} must be the logits themselves or share no element with them, got a partial overlap")
+        raise ValueError(
+            f"{check.op}: {name} must be the logits themselves or share no element with them, got a partial overlap"
+        )
 
 
 # --- implementations
@@ -306,9 +314,7 @@ def _loss_fake(logits: Tensor, candidates: list[Tensor], *_: Any) -> tuple[Tenso
 
 
 @torch.library.register_fake("prmfast::linear_dist_ppo", lib=LIBRARY)
-def _linear_fake(
-    hidden: Tensor, weight: Tensor, candidates: list[Tensor], *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_fake(hidden: Tensor, weight: Tensor, candidates: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _saved(hidden, candidates)
 
 

@@ -67,9 +67,7 @@ def empty_like(logits: Tensor) -> Tensor:
     return out
 
 
-def dist_ppo(
-    logits: Tensor, candidates: Candidates, row_weight: Tensor, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor]:
+def dist_ppo(logits: Tensor, candidates: Candidates, row_weight: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """See the reference."""
     if logits.dtype == torch.float64:
         return reference.dist_ppo(logits, candidates, row_weight, rule)

@@ -100,10 +100,13 @@ class _Absorbed:
             _view(block), first, self.spans.addresses(), self.temperature, *held, torch.get_num_threads()
         )
 
-    def log_sum(self) -> Tensor:
+    def finish(self) -> tuple[Tensor, float]:
+        """Log-sum-exp of the rows, and the temperature for which it holds: the extension's is rounded to float32."""
         if self.wide:
-            return self.reference
-        return self.reference.double() / self.temperature + self.sum.log()
+            return self.reference, self.temperature
+        lse = torch.empty(len(self.sum), dtype=torch.float64)
+        held = self.reference.data_ptr(), self.sum.data_ptr(), len(lse), self.temperature, lse.data_ptr()
+        return lse, _C.dist_ppo.finish_blocks(*held)
 
 
 def linear_dist_ppo(
@@ -117,8 +120,10 @@ def linear_dist_ppo(
         for first in layer.firsts():
             absorbed.add(layer.block(layer.part(first)), first)
     lse = torch.zeros(len(hidden), dtype=torch.float64)
-    lse[... if spans.rows is None else spans.rows] = absorbed.log_sum()
-    loss, coefficients = settle(absorbed.entry_logits, lse, candidates, row_weight, rule)
+    lse[... if spans.rows is None else spans.rows], temperature = absorbed.finish()
+    loss, coefficients = settle(
+        absorbed.entry_logits, lse, candidates, row_weight, rule._replace(temperature=temperature)
+    )
     return loss, lse, coefficients
 
 
@@ -135,9 +140,7 @@ def _differentiate(
         block.div_(temperature)
         return
     held = lse.data_ptr(), coefficients.data_ptr()
-    _C.dist_ppo.differentiate_block(
-        _view(block), first, spans.addresses(), *held, temperature, torch.get_num_threads()
-    )
+    _C.dist_ppo.differentiate_block(_view(block), first, spans.addresses(), *held, temperature, torch.get_num_threads())
 
 
 def linear_dist_ppo_backward(
