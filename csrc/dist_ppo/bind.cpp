@@ -68,7 +68,6 @@ void bind(py::module_& m) {
   bind_type<BFloat16>(m, "bf16");
   bind_type<Float16>(m, "f16");
   m.def("prefer_large_pages", [](Address memory, int64_t bytes) { prefer_large_pages(at<void>(memory), bytes); });
-  m.attr("no_reference") = kNoReference;
   m.def("absorb_block", [](const View& block, int64_t first, const Spans& spans, double temperature, Address reference,
                            Address sum, Address entry_logits, int threads) {
     py::gil_scoped_release release;

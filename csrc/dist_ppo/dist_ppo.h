@@ -46,8 +46,7 @@ double loss_and_gradient(const Rows<const S>& logits, const Entries& entries, co
                          double* coefficients, const Rows<S>& out, int threads);
 
 // A block of columns first .. first + columns of the logits: (reference, sum) of every row goes on from where the last block
-// left it, starting at (kNoReference, 0); logits of entries within the block go to entry_logits.
-constexpr float kNoReference = -3.4028234663852886e38f;
+// left it, starting at (0, 0); logits of entries within the block go to entry_logits.
 void absorb_block(const Rows<const float>& block, int64_t first, const Entries& entries, double temperature, float* reference,
                   double* sum, float* entry_logits, int threads);
 

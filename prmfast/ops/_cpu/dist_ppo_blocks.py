@@ -85,7 +85,7 @@ class _Absorbed:
     def __init__(self, layer: _Layer, spans: _Spans, temperature: float) -> None:
         rows = len(layer.hidden)
         self.spans, self.temperature, self.wide = spans, temperature, layer.dtype == torch.float64
-        self.reference = torch.full((rows,), -torch.inf if self.wide else _C.dist_ppo.no_reference, dtype=layer.dtype)
+        self.reference = torch.full((rows,), -torch.inf if self.wide else 0.0, dtype=layer.dtype)
         self.sum = torch.zeros(rows, dtype=torch.float64)
         self.entry_logits = torch.zeros(len(spans.token_ids), dtype=layer.dtype)
 
