@@ -120,8 +120,7 @@ def linear_dist_ppo_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to hidden [T, d] and weight [V, d]; one that is not wanted is empty, [0]."""
     h, w = hidden.double(), weight.double()
-    state = {"lse": lse, "coefficients": coefficients, "temperature": temperature}
-    grad = dist_ppo_backward(h @ w.T, offsets, token_ids, **state)
+    grad = dist_ppo_backward(h @ w.T, offsets, token_ids, lse=lse, coefficients=coefficients, temperature=temperature)
     d_hidden = (grad @ w).to(hidden.dtype) if wanted[0] else hidden.new_empty(0)
     d_weight = (grad.T @ h).to(weight.dtype) if wanted[1] else weight.new_empty(0)
     return d_hidden, d_weight

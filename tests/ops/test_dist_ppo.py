@@ -1,4 +1,4 @@
-"""Room dist_ppo: every backend against the formula in float64 under autograd, vectors, laws, memory, errors, registration."""
+"""Room dist_ppo: every backend against the formula in float64 under autograd, laws, edges."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ def truth(logits: Tensor, candidates: Candidates, **options: Any) -> tuple[Tenso
 
 
 def assert_gradient(found: Tensor, expected: Tensor, slack: float = 1e-14, left: float = 0.0) -> None:
-    """Within one rounding of the dtype, and float32 arithmetic (float64: ``slack``) of the row's largest entry; ``left``
-    is what rounding may leave of g (1 - p) where p is nearly 1.
+    """Within one rounding of the dtype, and float32 arithmetic (float64: ``slack``) of the row's largest entry.
+
+    ``left`` is what rounding may leave of g (1 - p) where p is nearly 1.
     """
     step = {torch.float64: slack, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[found.dtype]
     noise = 2.0**-24 if found.dtype == torch.float16 else 1e-12 + left  # half a float16 step; what is left of g - g

@@ -79,7 +79,7 @@ def test_linear_is_the_formula(
 @each_backend
 def test_linear_computes_only_what_is_wanted(backend: str) -> None:
     hidden, weight, candidates = layer(9, 300, 12, torch.float32)
-    loss, d_hidden, d_weight = linear_truth(hidden, weight, candidates)
+    _, d_hidden, d_weight = linear_truth(hidden, weight, candidates)
     h = hidden.clone().requires_grad_()
     linear_dist_ppo_loss(h, weight, candidates, backend=backend).backward()
     assert h.grad is not None
@@ -479,7 +479,7 @@ def test_rows_without_a_distribution(backend: str, dtype: torch.dtype) -> None:
         dist_ppo_loss(logits, candidates, backend=backend)
     hidden, weight = torch.ones(4, 2, dtype=dtype), torch.ones(40, 2, dtype=dtype)
     hidden[2, 0] = math.nan
-    with pytest.raises(ValueError, match="linear_dist_ppo_loss: the logits .*: row 2"):
+    with pytest.raises(ValueError, match=r"linear_dist_ppo_loss: the logits .*: row 2"):
         linear_dist_ppo_loss(hidden, weight, candidates, backend=backend)
 
 
@@ -490,7 +490,7 @@ def test_errors_of_out(backend: str) -> None:
 
     with pytest.raises(TypeError, match="out must have dtype float32, got float64"):
         run(OK.double())
-    with pytest.raises(TypeError, match="out must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"out must be a torch\.Tensor, got list"):
         run([])
     with pytest.raises(ValueError, match=r"out must have shape \(2, 4\), got \(2, 5\)"):
         run(torch.zeros(2, 5))
@@ -500,8 +500,8 @@ def test_errors_of_out(backend: str) -> None:
         run(torch.zeros(1, 4).expand(2, 4))
     with pytest.raises(ValueError, match="out must have contiguous columns"):
         run(torch.zeros(4, 2).T)
+    held = torch.zeros(4, 2).T
     with pytest.raises(ValueError, match="logits must have contiguous columns"):
-        held = torch.zeros(4, 2).T
         run(held, held)
     memory = torch.zeros(20)
     with pytest.raises(ValueError, match="out must be the logits themselves or share no element"):
@@ -519,7 +519,7 @@ def test_errors_of_the_layer(backend: str) -> None:
         linear_dist_ppo_loss(hidden, weight[:, :2], FINE, backend=backend)
     with pytest.raises(TypeError, match="weight must have dtype float32, got float64"):
         linear_dist_ppo_loss(hidden, weight.double(), FINE, backend=backend)
-    with pytest.raises(TypeError, match="hidden must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"hidden must be a torch\.Tensor, got list"):
         linear_dist_ppo_loss([], weight, FINE, backend=backend)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="token_ids must be >= 0 and < V = 2, got 2 in entry 1"):
         linear_dist_ppo_loss(hidden, weight[:2], FINE, backend=backend)

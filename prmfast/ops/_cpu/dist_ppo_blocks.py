@@ -51,7 +51,9 @@ class _Layer:
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.hidden, self.weight = hidden.to(self.dtype), weight
         rows = max(len(hidden), 1)
-        self.step = max(256, min(len(weight), BLOCK_BYTES // (rows * self.hidden.element_size())))
+        # with few rows it is the float32 copy of the weights, and the product for their gradient, that must stay small
+        widest = max(rows, 2 * hidden.shape[1])
+        self.step = max(256, min(len(weight), BLOCK_BYTES // (widest * self.hidden.element_size())))
         self.memory = hidden.new_empty(rows * min(self.step, len(weight)), dtype=self.dtype)
 
     def firsts(self) -> range:
