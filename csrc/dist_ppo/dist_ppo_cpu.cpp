@@ -118,7 +118,7 @@ struct Origin {
     exponent = near ? power : static_cast<double>(shift) * scale.slope;
   }
   static Origin at(float reference, const Scale& scale) { return Origin(static_cast<double>(reference) * scale.slope, scale); }
-  static constexpr double kNear = 256;
+  static constexpr double kNear = 16;
 };
 
 // 2^(x slope - exponent) = polynomial(r) * scale, for values below 2^128; exactly 0 from 2^-126.5 down. NaN stays NaN in the

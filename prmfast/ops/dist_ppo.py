@@ -339,10 +339,10 @@ def dist_ppo_loss(
 
     rho = exp(log pi_theta(c|s_t) - policy_logp), pi_theta = softmax(logits / temperature), A the advantage of
     candidate c: Dist-PPO, [V] arXiv 2604.13197 eq. 12.
-    With w_t = 1/T this is the paper's loss of one sequence; its released code is ``row_weight = 1 / sum(pi_old)`` of all
-    candidates in every row, ``dual_clip=3`` and ``clip_high=clip_low``. No [T, V] tensor is made before the backward
-    pass, which makes one: the gradient. Sums over the vocabulary are float32 (float64 for float64 logits), the
-    arithmetic of a candidate is float64.
+    With w_t = 1/T this is the paper's loss of one sequence; its released code is ``row_weight = 1 / sum(pi_old)``, the
+    sum over all candidates, in every row, ``dual_clip=3`` and ``clip_high=clip_low``. No [T, V] tensor is made before
+    the backward pass, which makes one: the gradient. Sums over the vocabulary are float32 (float64 for float64 logits),
+    the arithmetic of a candidate is float64.
 
     Args:
         logits: [T, V] of pi_theta, float32 | float64 | float16 | bfloat16; rows may be strided. -inf is a token that is
