@@ -20,6 +20,9 @@ void bind(pybind11::module_& m);
 namespace candidate_td {
 void bind(pybind11::module_& m);
 }
+namespace dist_ppo {
+void bind(pybind11::module_& m);
+}
 }  // namespace prmfast
 
 PYBIND11_MODULE(_C, m) {
@@ -41,6 +44,8 @@ PYBIND11_MODULE(_C, m) {
   prmfast::ias::bind(ias);
   auto candidate_td = m.def_submodule("candidate_td");
   prmfast::candidate_td::bind(candidate_td);
+  auto dist_ppo = m.def_submodule("dist_ppo");
+  prmfast::dist_ppo::bind(dist_ppo);
 #ifdef PRMFAST_CUDA
   auto cuda = m.def_submodule("cuda", "Only in a build with PRMFAST_CUDA=1.");
   cuda.def("runtime_version", &prmfast::cuda::runtime_version);

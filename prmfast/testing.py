@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.picnn.params import CoefficientLayout, PicnnParams
 
 
@@ -26,6 +28,23 @@ def make_picnn(
     return PicnnParams(wz=wz, heads=((normal(size, context_width) / context_width**0.5, normal(size)),), **options)  # type: ignore[arg-type]
 
 
+def make_candidates(
+    policy_logits: Tensor, *, p_min: float = 0.1, every: int | None = None, seed: int = 0
+) -> Candidates:
+    """The tokens of probability >= ``p_min`` in every row of ``policy_logits`` [T, V], with normal advantages; none in
+    the last of ``every`` so many rows.
+    """
+    logp = policy_logits.double().log_softmax(1)
+    chosen = logp.exp() >= p_min
+    if every is not None:
+        chosen[every - 1 :: every] = False
+    rows, token_ids = chosen.nonzero(as_tuple=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)])
+    generator = torch.Generator().manual_seed(seed)
+    advantage = torch.randn(len(token_ids), generator=generator, dtype=torch.float64)
+    return Candidates(offsets, token_ids, logp[rows, token_ids], advantage)
+
+
 def make_inputs(
     room: str, rows: int, columns: int, *, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> dict[str, object]:
@@ -33,7 +52,8 @@ def make_inputs(
 
     picnn: params, context [rows, 5], levels [rows, columns] in [0, 1]. ias: quantiles [rows, columns], some of them
     exactly 0, 1 and outside [0, 1]; target [rows]; n_max 64. candidate_td: policy_logits and reward_logits
-    [rows, columns], some of them -inf; sampled [rows].
+    [rows, columns], some of them -inf; sampled [rows]. dist_ppo: logits [rows, columns] and candidates of another
+    policy, none in every third row.
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(rows, columns, generator=generator, dtype=torch.float64)
@@ -51,7 +71,13 @@ def make_inputs(
         policy[:, 1:][uniform[:, 1:] < 0.1] = -torch.inf
         sampled = torch.randint(0, columns, (rows,), generator=generator)
         return {"policy_logits": policy.to(dtype), "reward_logits": reward.to(dtype), "sampled": sampled}
-    raise ValueError(f"room must be 'picnn', 'ias' or 'candidate_td', got {room!r}")
+    if room == "dist_ppo":
+        old = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        likely = torch.randint(columns, (rows, 2), generator=generator)
+        old.scatter_(1, likely, math.log(columns) + torch.rand(rows, 2, generator=generator, dtype=torch.float64))
+        logits = old + 0.4 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        return {"logits": logits.to(dtype), "candidates": make_candidates(old, every=3, seed=seed)}
+    raise ValueError(f"room must be 'picnn', 'ias', 'candidate_td' or 'dist_ppo', got {room!r}")
 
 
 def assert_within_budget(fast: Tensor, *, truth: Tensor, same_dtype: Tensor | None = None, slack: float = 1e-5) -> None:

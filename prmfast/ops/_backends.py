@@ -18,6 +18,7 @@ _MODULES: dict[str, dict[str, str]] = {
         "reference": "prmfast.kernels.candidate_td.reference",
         "cpu": "prmfast.ops._cpu.candidate_td",
     },
+    "dist_ppo": {"reference": "prmfast.kernels.dist_ppo.reference", "cpu": "prmfast.ops._cpu.dist_ppo"},
 }
 ROOMS = tuple(_MODULES)
 _DEVICES = {"reference": ("cpu", "cuda", "mps", "xpu", "meta"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
