@@ -171,8 +171,7 @@ def map_job(activation: str, rows: int, count: int, hidden: int = inputs.HIDDEN)
         }
         assert errors["gradient_error_over_mean"] <= limit, errors
         assert errors["value_error_over_mean"] <= 3e-5, errors
-        falls = out[1].diff(dim=1).min() / truth[1].abs().mean()
-        assert float(falls) >= -1e-6, f"the map falls by {float(falls):.2e} of its mean"
+        assert bool((out[1].diff(dim=1) >= 0).all()), "the map falls somewhere"
         if activation != "softplus":
             off = (out[1][:SLICE].double() - truth[1]).abs() > 3e-5 * truth[1].abs().mean()
             errors["share_at_a_kink"] = float(off.double().mean())

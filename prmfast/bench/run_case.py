@@ -109,7 +109,10 @@ def _rivals(job: Job, ours: Call, options: Options, calls: dict[str, Call]) -> l
             continue
         try:
             call = rival.build()
-            job.agree(out, _once(call))
+            other = _once(call)
+            if rival.kind != FLOOR:
+                job.agree(out, other)
+            del other
             about["extra_peak_bytes"] = _memory_of(call, job)
         except Unavailable as error:
             about["status"] = str(error)
