@@ -133,7 +133,7 @@ def scaling(rows: list[dict[str, Any]]) -> str:
             kernel_table.ratio(row["speedup"]),
         ]
         for row in rows
-        if row["status"] == "ok" and row["table"]
+        if row["status"] == "ok"
     ]
     return markdown(["op", "size", "dtype", "threads", "one thread, ms", "threads, ms", "speedup"], cells)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from prmfast.bench.threads import environment
 from prmfast.cli import app
 from prmfast.kernels.ias import reference
 
+ROOT = Path(__file__).resolve().parents[1]
 FAST = Options(rivals=("torch eager", "numba"), fast=True)
 CALLS = [case for case in all_cases() if case.size.startswith("call")]
 BUILT = [case for case in (*select(quick=True), *CALLS) if case.missing() is None]
@@ -211,6 +214,23 @@ def test_results_replace_rows_of_the_same_case_and_forget_old_runs(tmp_path: Pat
     third.add([{**key, "size": "1", "status": "ok"}], 1, scaling=False)
     third.write(path)
     assert Results.read(path).runs == [{"commit": "b"}]
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the source archive has no benchmarks")
+def test_pytest_takes_the_flag_and_writes_its_json(tmp_path: Path) -> None:
+    output = tmp_path / "p.json"
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/test_ias.py", "-k", "call and ias_budget and ours"]
+    done = subprocess.run(
+        [*command, "--benchmark", "--benchmark-json", str(output), "--benchmark-max-time", "0.01"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    (timed,) = json.loads(output.read_text())["benchmarks"]
+    assert timed["group"] == "ias/ias_budget/float32/call, B=1 M=10"
+    assert timed["stats"]["rounds"] >= 5
 
 
 def test_the_rivals_forms_of_a_budget_agree_with_float64() -> None:

@@ -30,16 +30,16 @@ def _ias() -> list[Case]:
     sizes = [(rows, columns) for columns in (11, 100) for rows in (64, 4096, 100_000)]
     budgets = []
     for rows, columns in sizes:
-        checked = ias.CHECKED if rows == 100_000 else 0
-        budgets.append(ias.budget_case(rows, columns, checked).marked(table=rows > 64, scaling=True))
+        checked = ias.CHECKED[columns] if rows == 100_000 else 0
+        budgets.append(ias.budget_case(rows, columns, checked).marked(table=rows > 64, scaling=rows != 4096))
     return [
         *budgets,
-        *(ias.curve_case(rows, columns).marked(table=rows > 64, scaling=True) for rows, columns in sizes),
+        *(ias.curve_case(rows, columns).marked(table=rows > 64, scaling=rows != 4096) for rows, columns in sizes),
         ias.allocate_case(100_000, 100, 800_000).marked(table=True, scaling=True),
         ias.budget_case(32, 11).marked(quick=True),
         ias.curve_case(32, 11).marked(quick=True),
         ias.allocate_case(32, 11, 256).marked(quick=True),
-        overhead_case(ias.budget_case(1, 10), "B=1 M=10"),
+        overhead_case(ias.budget_case(1, 10), "B=1 M=10").marked(scaling=True),
         overhead_case(ias.curve_case(1, 10), "B=1 M=10"),
         overhead_case(ias.allocate_case(1, 10, 8), "B=1 M=10"),
     ]
@@ -48,7 +48,7 @@ def _ias() -> list[Case]:
 def _candidate_td() -> list[Case]:
     return [
         *(candidate_td.candidates_case(d, 256, VOCABULARY).marked(table=True, scaling=True) for d in DTYPES),
-        *(candidate_td.logprob_case(d, 256, VOCABULARY).marked(scaling=True) for d in DTYPES),
+        *(candidate_td.logprob_case(d, 256, VOCABULARY) for d in DTYPES),
         candidate_td.linear_case(2048, 1024, VOCABULARY).marked(table=True),
         candidate_td.linear_case(256, 256, 20_000).marked(scaling=True),
         *(candidate_td.candidates_case(d, 4, 1000).marked(quick=True) for d in DTYPES),

@@ -15,7 +15,7 @@ from prmfast.bench.ias_numba import numba_allocate, numba_budget, numba_curve
 from prmfast.bench.picnn import compiled, jitted, to_jax, to_torch
 
 TARGET, N_MAX = 0.9, 64
-CHECKED = 1_000_000  # rows whose budget is compared with float64 at the largest size
+CHECKED = {11: 1_000_000, 100: 200_000}  # rows whose budget is compared with float64 at the largest size, by M
 CHUNK = 50_000
 
 BUDGET_RIVALS = (

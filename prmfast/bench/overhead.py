@@ -26,4 +26,4 @@ def overhead_case(case: Case, size: str) -> Case:
     """``case``, made at one tiny row, as a measurement of the call itself; compiled rivals are left out."""
     make = functools.partial(_job, case.make)
     rivals = ("torch.add", *(name for name in case.rivals if name in KEPT))
-    return replace(case, make=make, rivals=rivals, size=f"call, {size}", scaling=True)
+    return replace(case, make=make, rivals=rivals, size=f"call, {size}")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ class Results:
 
 def start(case: Case, options: Options) -> list[Row]:
     """The rows of ``case``, from a fresh process with the thread counts in its environment."""
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="prmfast-bench-") as folder:
         asked, told = Path(folder) / "request.json", Path(folder) / "rows.json"
         write_json(asked, request(case, str(told), options))
@@ -73,7 +75,7 @@ def start(case: Case, options: Options) -> list[Row]:
         )
         if told.exists():
             found: list[Row] = json.loads(told.read_text(encoding="utf-8"))
-            return found
+            return [{**row, "took": time.perf_counter() - started} for row in found]
     last = done.stdout.decode(errors="replace").strip()[-1500:]
     about = {"room": case.room, "op": case.op, "size": case.size, "dtype": case.dtype, "table": case.table}
     ended = {"threads": options.threads, "status": "crashed", "error": f"exit status {done.returncode}: {last}"}

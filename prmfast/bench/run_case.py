@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from prmfast.bench import ceilings, memory, timing
 from prmfast.bench.case import DERIVED, FLOOR, NATURAL, Call, Case, Job, Unavailable
 
 Row = dict[str, Any]
+
+COMPILED = ("compile", "jax", "numba")
+"""Rivals with such a word in their name compile in their first call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,14 @@ def run_case(case: Case, options: Options) -> list[Row]:
         _once(call)
     del tiny
     job = case.make()
-    rows, calls = [], {}
+    rows, calls, known = [], {}, dict[str, float]()
+    out: Any = None
     for variant, call in job.ours.items():
         row = about | {"variant": variant}
         rows.append(row)
         try:
-            row |= _checked(job, call)
+            out, facts, known[f"ours {variant}"] = _checked(job, call)
+            row |= facts
         except Exception as error:  # whatever our op does wrong is a failed row, not the end of the run
             row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
             continue
@@ -59,8 +65,9 @@ def run_case(case: Case, options: Options) -> list[Row]:
         return rows
     if options.scaling:
         return _scaling(rows, calls, options)
-    rivals = _rivals(job, next(iter(calls.values())), options, calls)
-    samples = _rounds(calls | ceilings.calls(job.work.ceiling), options)
+    rivals = _rivals(job, out, options, calls, known)
+    del out
+    samples = _rounds(calls | ceilings.calls(job.work.ceiling), options, known)
     for row in rows:
         if row["status"] == "ok":
             _judge(row, job, samples, rivals)
@@ -87,16 +94,23 @@ def _once(call: Call) -> Any:
     return call.run()
 
 
-def _checked(job: Job, call: Call) -> Row:
+def _measured(job: Job, call: Call) -> tuple[Any, int | None, float]:
+    """The output, extra peak memory and seconds of one call."""
     if call.setup is not None:
         call.setup()
+    start = time.perf_counter()
     out, extra = memory.extra_peak(call.run, job.buffers)
-    return {"status": "ok", "errors": job.check(out), "extra_peak_bytes": extra}
+    return out, extra, time.perf_counter() - start
 
 
-def _rivals(job: Job, ours: Call, options: Options, calls: dict[str, Call]) -> list[Row]:
+def _checked(job: Job, call: Call) -> tuple[Any, Row, float]:
+    """The output of ours, what is known after it was judged, and its seconds."""
+    out, extra, seconds = _measured(job, call)
+    return out, {"status": "ok", "errors": job.check(out), "extra_peak_bytes": extra}, seconds
+
+
+def _rivals(job: Job, out: Any, options: Options, calls: dict[str, Call], known: dict[str, float]) -> list[Row]:
     """Builds each rival, compares its output with ours, and adds those that do the same job to ``calls``."""
-    out = _once(ours)
     found = []
     for name, rival in job.rivals.items():
         if options.rivals is not None and not any(part in name for part in options.rivals):
@@ -109,11 +123,13 @@ def _rivals(job: Job, ours: Call, options: Options, calls: dict[str, Call]) -> l
             continue
         try:
             call = rival.build()
-            other = _once(call)
+            other, extra, seconds = _measured(job, call)
             if rival.kind != FLOOR:
                 job.agree(out, other)
             del other
-            about["extra_peak_bytes"] = _memory_of(call, job)
+            if any(word in name for word in COMPILED):  # the first call compiled
+                _, extra, seconds = _measured(job, call)
+            about["extra_peak_bytes"] = extra
         except Unavailable as error:
             about["status"] = str(error)
         except AssertionError as error:
@@ -122,20 +138,14 @@ def _rivals(job: Job, ours: Call, options: Options, calls: dict[str, Call]) -> l
             about["status"] = f"{type(error).__name__}: {error}"[:500]
         else:
             about["status"] = "ok"
-            calls[name] = call
+            calls[name], known[name] = call, seconds
     return found
 
 
-def _memory_of(call: Call, job: Job) -> int | None:
-    if call.setup is not None:
-        call.setup()
-    return memory.extra_peak(call.run, job.buffers)[1]
-
-
-def _rounds(calls: Mapping[str, Call], options: Options) -> dict[str, timing.Samples]:
+def _rounds(calls: Mapping[str, Call], options: Options, known: Mapping[str, float]) -> dict[str, timing.Samples]:
     if options.fast:
         return timing.interleave(calls, rounds=3, min_sample=1e-3)
-    return timing.interleave(calls)
+    return timing.interleave(calls, known=known)
 
 
 def _timed(samples: timing.Samples) -> Row:
@@ -192,7 +202,7 @@ def _scaling(rows: list[Row], calls: Mapping[str, Call], options: Options) -> li
         return Call(_Switched(threads, call), None)
 
     both = {f"{name} @{n}": at(n, call) for name, call in calls.items() for n in (1, options.threads)}
-    samples = timing.interleave(both, rounds=5 if options.fast else None, budget=12.0)
+    samples = timing.interleave(both, rounds=5 if options.fast else None, budget=8.0)
     for row in rows:
         if row["status"] == "ok":
             one, many = (samples[f"ours {row['variant']} @{n}"] for n in (1, options.threads))

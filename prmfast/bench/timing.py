@@ -13,6 +13,8 @@ from prmfast.bench.case import Call
 
 MIN_SAMPLE = 0.01  # seconds that one sample lasts at least, by repeating short calls
 ROUNDS = 9
+MORE_ROUNDS = 15  # where a round takes less than SHORT_ROUND seconds
+SHORT_ROUND = 0.5
 FEWEST_ROUNDS = 3
 LONG_CALL = 5.0  # seconds: such a call gets fewer rounds
 BUDGET = 30.0  # seconds that the rounds of one case may take
@@ -57,8 +59,10 @@ def sample(call: Call, repeats: int) -> tuple[float, float]:
     return walls / repeats, cpus / repeats
 
 
-def _repeats(call: Call, min_sample: float) -> tuple[int, float]:
+def _repeats(call: Call, min_sample: float, known: float) -> tuple[int, float]:
     """Calls per sample so that it lasts ``min_sample``, from warm calls; and the seconds of one."""
+    if known > LONG_CALL / 2:  # warm enough: it ran that long already
+        return 1, known
     first, _ = sample(call, 1)
     if first > 0.5:
         return 1, first
@@ -71,16 +75,24 @@ def _repeats(call: Call, min_sample: float) -> tuple[int, float]:
 
 
 def interleave(
-    calls: Mapping[str, Call], *, rounds: int | None = None, min_sample: float = MIN_SAMPLE, budget: float = BUDGET
+    calls: Mapping[str, Call],
+    *,
+    rounds: int | None = None,
+    min_sample: float = MIN_SAMPLE,
+    budget: float = BUDGET,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
-    """Samples of every call, in rounds of one sample each; ``rounds`` by default as the budget allows."""
+    """Samples of every call, in rounds of one sample each; ``rounds`` by default as the budget allows.
+
+    known: seconds that earlier calls took, so that long ones need no warm-up of their own.
+    """
     repeats, seconds = {}, {}
     for name, call in calls.items():
-        repeats[name], seconds[name] = _repeats(call, min_sample)
+        repeats[name], seconds[name] = _repeats(call, min_sample, (known or {}).get(name, 0.0))
     if rounds is None:
         one_round = sum(repeats[name] * seconds[name] for name in calls)
-        rounds = min(2 * ROUNDS, max(ROUNDS, int(budget / 4 / one_round)))
-        if max(seconds.values()) > LONG_CALL or one_round * 7 > 3 * budget:
+        rounds = MORE_ROUNDS if one_round < SHORT_ROUND else ROUNDS
+        if max(seconds.values()) > LONG_CALL:
             rounds = FEWEST_ROUNDS
         elif one_round * rounds > budget:
             rounds = 7
