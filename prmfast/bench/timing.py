@@ -17,7 +17,7 @@ MORE_ROUNDS = 15  # where a round takes less than SHORT_ROUND seconds
 SHORT_ROUND = 0.5
 FEWEST_ROUNDS = 3
 LONG_CALL = 5.0  # seconds: such a call gets fewer rounds
-BUDGET = 30.0  # seconds that the rounds of one case may take
+BUDGET = 20.0  # seconds that the rounds of one case may take
 
 
 @dataclass(slots=True)
