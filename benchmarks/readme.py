@@ -107,7 +107,7 @@ def kernels_cpu(result: dict[str, Any]) -> str:
             if not beside[0]:
                 beside = kernel_table.against(row, FLOOR)
             ours = kernel_table.milliseconds(row["seconds"]["median"])
-            cells = [*kernel_table.against(row, NATURAL), " ".join(beside).strip()]
+            cells = [*kernel_table.against(row, NATURAL), ": ".join(part for part in beside if part)]
             about = [kernel_table.title(row), row["size"], row["dtype"], ours]
             rows.append([*about, *cells, kernel_table.share(row), kernel_table.megabytes(row)])
     header = ["op", "size", "dtype", "ours, ms", "best rival, ms", "ratio", "beside it", "ceiling", "extra MB"]

@@ -219,10 +219,17 @@ def bench(
             console.print(f"{case.name}  rivals: {', '.join(case.rivals)}", highlight=False, markup=False)
         return
     options = Options(threads, None if rival is None else tuple(rival), fast=quick, scaling=scaling)
-    rows = [row for some in run(cases, options, output, show=not quiet) for row in some]
+    rows, interrupted = [], False
+    try:
+        for some in run(cases, options, output, show=not quiet):
+            rows += some
+    except KeyboardInterrupt:  # what is done is in the file; show it too
+        interrupted = True
     console.print(table.scaling_table(rows) if scaling else table.results_table(rows))
     for line in table.absent(rows):
         console.print(line, highlight=False, markup=False)
+    if interrupted:
+        raise typer.Exit(130)
     if any(row["status"] in ("failed", "crashed") for row in rows):
         raise typer.Exit(1)
 

@@ -131,6 +131,23 @@ def test_a_crash_is_a_row_and_fails_the_command(monkeypatch: pytest.MonkeyPatch,
     assert row["error"].startswith("exit status 1")
 
 
+def test_an_interrupted_run_keeps_and_shows_what_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = run_case(made_up(), Options(rivals=("good",), fast=True))
+    answers = iter([done])
+
+    def once(case: Case, options: Options) -> list[dict[str, Any]]:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("prmfast.bench.run.start", once)
+    shown = invoke("--quick", "--room", "ias", "--output", tmp_path / "results.json")
+    assert shown.exit_code == 130
+    assert "double" in shown.output
+    assert [row["op"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == ["double"]
+
+
 def test_rivals_that_cannot_be_compared_are_reported_and_not_timed() -> None:
     (row,) = run_case(made_up(), Options(fast=True))
     status = {rival["name"]: rival["status"] for rival in row["rivals"]}
