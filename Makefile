@@ -9,10 +9,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 
 TRACES ?= ../shared/data/math500_iid_samples.parquet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint sanitize bench gpu constraints clean distclean
+.PHONY: help demo test check lint sanitize bench bench-kernels gpu constraints clean distclean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY)  ## the main job on the embedded tiny policy, with an HTML report (ARGS="--help" shows the options)
 	$(BIN)/prmfast demo $(ARGS)
@@ -46,10 +46,15 @@ build/sanitize/%_test: tests/cpp/%_test.cpp tests/cpp/check.h $$(wildcard csrc/%
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZE) $(wildcard csrc/$*/*_cpu.cpp) $< -o $@
 
-bench: $(READY)  ## the benchmarks behind the README's tables: real traces (TRACES=...), then the synthetic law
+bench: bench-kernels  ## the benchmarks behind the README's tables: real traces (TRACES=...), then the synthetic law
 	$(BIN)/python -m benchmarks.calibration_real $(TRACES) --output benchmarks/results/calibration_real.json
 	$(BIN)/python -m benchmarks.replay_real $(TRACES) --output benchmarks/results/replay_real.json
 	$(BIN)/python -m benchmarks.calibration_synthetic
+
+bench-kernels: $(READY)  ## every op beside its rivals at full size, then on two threads (half an hour)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]" --no-build-isolation
+	$(BIN)/prmfast bench --output benchmarks/results/kernels_cpu.json
+	$(BIN)/prmfast bench --scaling --threads 2 --output benchmarks/results/kernels_cpu.json
 
 gpu:  ## builds the CUDA sources in place and runs the suite with PYTHON's own torch, which must see a GPU
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \

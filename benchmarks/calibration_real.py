@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
 from prmfast._files import write_text
 from prmfast._progress import progress
+from prmfast.bench.machine import describe
 from prmfast.calibration import (
     BetaBinomialCalibrator,
     CalibrationData,

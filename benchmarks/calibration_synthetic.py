@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
 from benchmarks.synthetic_law import Rows, draw_rows
 from prmfast._files import write_text
 from prmfast._progress import progress
+from prmfast.bench.machine import describe
 from prmfast.calibration import BetaBinomialCalibrator, CondOTCalibrator
 from prmfast.calibration.base import Calibrator
 from prmfast.ops import ias_budget

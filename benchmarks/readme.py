@@ -12,6 +12,8 @@ from typing import Any
 
 from benchmarks.calibration_synthetic import Cell, mean_interval, reference_rows
 from prmfast._files import write_text
+from prmfast.bench import table as kernel_table
+from prmfast.bench.case import DERIVED, FLOOR, NATURAL
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -95,7 +97,59 @@ def replay_real(result: dict[str, Any]) -> str:
     )
 
 
+def kernels_cpu(result: dict[str, Any]) -> str:
+    """The rows of the acceptance table; then calls on one tiny row, and threads, where they were measured."""
+    done = [row for row in result["rows"] if row["status"] == "ok" and row["threads"] == 1]
+    rows = []
+    for row in done:
+        if row["table"]:
+            beside = kernel_table.against(row, DERIVED)
+            if not beside[0]:
+                beside = kernel_table.against(row, FLOOR)
+            ours = kernel_table.milliseconds(row["seconds"]["median"])
+            cells = [*kernel_table.against(row, NATURAL), ": ".join(part for part in beside if part)]
+            about = [kernel_table.title(row), row["size"], row["dtype"], ours]
+            rows.append([*about, *cells, kernel_table.share(row), kernel_table.megabytes(row)])
+    header = ["op", "size", "dtype", "ours, ms", "best rival, ms", "ratio", "beside it", "ceiling", "extra MB"]
+    parts = [f"{kernel_machine(result)}.", "", markdown(header, rows)]
+    calls = [
+        f"`{kernel_table.title(row)}` {row['seconds']['median'] * 1e6:.1f}"
+        for row in done
+        if row["size"].startswith("call")
+    ]
+    if calls:
+        parts += ["", f"One call on one tiny row, in us: {', '.join(calls)}."]
+    if result["scaling"]:
+        parts += ["", scaling(result["scaling"])]
+    return "\n".join(parts)
+
+
+def scaling(rows: list[dict[str, Any]]) -> str:
+    """One thread over several, ours."""
+    cells = [
+        [
+            *(kernel_table.title(row), row["size"], row["dtype"], str(row["threads"])),
+            *(kernel_table.milliseconds(row[name]["seconds"]["median"]) for name in ("one_thread", "threads_used")),
+            kernel_table.ratio(row["speedup"]),
+        ]
+        for row in rows
+        if row["status"] == "ok"
+    ]
+    return markdown(["op", "size", "dtype", "threads", "one thread, ms", "threads, ms", "speedup"], cells)
+
+
+def kernel_machine(result: dict[str, Any]) -> str:
+    """CPU, instruction sets, threads, versions, compiler and commits of the runs that the rows point at."""
+    first = result["runs"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    commits = ", ".join(sorted({str(about["commit"]) for about in result["runs"]}))
+    sets = "/".join(first["instruction_sets"])
+    rest = f"{versions}, {first['compiler']}, commit {commits}"
+    return f"{first['cpu']} ({sets}), one thread unless said otherwise, {rest}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "kernels_cpu": kernels_cpu,
     "calibration_real": calibration_real,
     "calibration_synthetic": calibration_synthetic,
     "replay_real": replay_real,

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe
 from prmfast._files import write_json
 from prmfast._progress import progress
+from prmfast.bench.machine import describe
 from prmfast.calibration import CalibrationData
 from prmfast.calibration.study import Factory, chosen_methods
 from prmfast.cli import parse_targets, print_frontier, wide_console

@@ -1,4 +1,4 @@
-"""The command line: ``prmfast demo | calibrate | evaluate | replay | env``."""
+"""The command line: ``prmfast demo | calibrate | evaluate | replay | bench | env``."""
 
 from __future__ import annotations
 
@@ -185,6 +185,53 @@ def demo(
     from prmfast.demo import run_demo
 
     run_demo(output, train=train, questions=questions, seed=seed, progress=not quiet, console=wide_console())
+
+
+@app.command()
+@user_errors
+def bench(
+    room: Annotated[
+        list[str] | None, typer.Option("--room", help="picnn, ias, candidate_td, dist_ppo; repeatable")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", help="one op, as --list names it; repeatable")] = None,
+    size: Annotated[list[str] | None, typer.Option("--size", help="sizes that contain this text; repeatable")] = None,
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="float32 or bfloat16; repeatable")] = None,
+    rival: Annotated[
+        list[str] | None, typer.Option("--rival", help="rivals whose name contains this text, or none; repeatable")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="tiny sizes and short rounds: does everything run?")] = False,
+    scaling: Annotated[bool, typer.Option("--scaling", help="ours on 1 thread beside --threads, no rivals")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="of every library")] = 1,
+    output: Annotated[Path | None, typer.Option("--output", help="JSON, written after each case; updated")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="only print the cases")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time every op beside what else would do its job, after checking both; exit status 1 if an answer is wrong."""
+    from prmfast.bench import table
+    from prmfast.bench.cases import select
+    from prmfast.bench.run import run
+    from prmfast.bench.run_case import Options
+
+    cases = select(room or (), op or (), size or (), dtype or (), quick=quick, scaling=scaling)
+    console = wide_console()
+    if list_:
+        for case in cases:
+            console.print(f"{case.name}  rivals: {', '.join(case.rivals)}", highlight=False, markup=False)
+        return
+    options = Options(threads, None if rival is None else tuple(rival), fast=quick, scaling=scaling)
+    rows, interrupted = [], False
+    try:
+        for some in run(cases, options, output, show=not quiet):
+            rows += some
+    except KeyboardInterrupt:  # what is done is in the file; show it too
+        interrupted = True
+    console.print(table.scaling_table(rows) if scaling else table.results_table(rows))
+    for line in table.absent(rows):
+        console.print(line, highlight=False, markup=False)
+    if interrupted:
+        raise typer.Exit(130)
+    if any(row["status"] in ("failed", "crashed") for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -190,5 +190,5 @@ def test_make_inputs_covers_the_edges_and_names_an_unknown_room() -> None:
     quantiles = make_inputs("ias", 50, 40)["quantiles"]
     assert isinstance(quantiles, torch.Tensor)
     assert bool((quantiles < 0).any() & (quantiles > 1).any() & (quantiles == 0).any() & (quantiles == 1).any())
-    with pytest.raises(ValueError, match="room must be 'picnn', 'ias' or 'candidate_td', got 'pool'"):
+    with pytest.raises(ValueError, match="room must be 'picnn', 'ias', 'candidate_td' or 'dist_ppo', got 'pool'"):
         make_inputs("pool", 1, 1)

@@ -6,10 +6,6 @@
 #include "candidate_td/sweep.h"
 #include "common/simd.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PRMFAST_NO_TARGET_CLONES)
-#define PRMFAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#endif
-
 namespace prmfast::candidate_td {
 
 constexpr int64_t kBlock = 64;     // logits a step: four independent sums

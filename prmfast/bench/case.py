@@ -1,0 +1,157 @@
+"""What a benchmark case is: an op at a size, our calls, the rivals, the truth, and the work that cannot be avoided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+INSTALL = 'pip install "prmfast[bench]"'
+
+NATURAL = "natural"
+"""A rival that computes the formula as a user writes it."""
+
+DERIVED = "derived"
+"""A rival that was given this package's own derivation (bit search, closed-form gradient), in another runtime."""
+
+FLOOR = "floor"
+"""Not a rival: a part of the work that nobody can avoid, timed alone."""
+
+
+class Unavailable(RuntimeError):
+    """A rival that cannot run here; the message says why and, where that helps, what to install."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """``run`` is timed; ``setup`` runs before each call and is not (restores what an in-place op overwrote)."""
+
+    run: Callable[[], Any]
+    setup: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A callable built on first use: libraries are imported and functions compiled only when it is timed.
+
+    extra_bytes: what it needs beyond inputs and outputs, about; more than the machine has free skips it.
+    """
+
+    build: Callable[[], Call]
+    kind: str = NATURAL
+    extra_bytes: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the job must do at least, in the unit of one ceiling of `prmfast.bench.ceilings`, and where it came from."""
+
+    ceiling: str  # read | copy | gemm | none
+    amount: float = 0.0  # bytes, or floating-point operations
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Job:
+    """A case with its inputs in memory.
+
+    ours: our calls by variant; every variant's output goes through ``check``.
+    rivals: by name; every output is compared with ours by ``agree`` before it is timed.
+    check: raises AssertionError where the output is not right against float64; returns measured errors by name.
+    buffers: tensors made beforehand that a call may write into, so that they are not counted as its memory.
+    """
+
+    ours: Mapping[str, Call]
+    rivals: Mapping[str, Rival]
+    check: Callable[[Any], dict[str, float]]
+    agree: Callable[[Any, Any], None]
+    work: Work
+    buffers: tuple[Tensor, ...] = ()
+
+
+def always() -> None:
+    """Nothing is missing."""
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A job that can be made.
+
+    tiny: makes the same job at a size that runs in microseconds, to load code before memory is measured.
+    quick: part of ``--quick``. table: part of the README. scaling: part of ``--scaling``.
+    missing: why the op cannot run here, or None.
+    """
+
+    room: str
+    op: str
+    size: str
+    dtype: str
+    make: Callable[[], Job]
+    tiny: Callable[[], Job]
+    rivals: tuple[str, ...]
+    variants: tuple[str, ...] = ("",)
+    quick: bool = False
+    table: bool = False
+    scaling: bool = False
+    missing: Callable[[], str | None] = field(default=always)
+
+    @property
+    def name(self) -> str:
+        """``room/op/dtype/size``, unique."""
+        return f"{self.room}/{self.op}/{self.dtype}/{self.size}"
+
+    def marked(self, *, quick: bool = False, table: bool = False, scaling: bool = False) -> Case:
+        """The same case as part of these selections."""
+        return replace(self, quick=quick, table=table, scaling=scaling)
+
+
+def require(library: str) -> Any:
+    """The imported ``library``; Unavailable with the command that installs it."""
+    import importlib
+
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise Unavailable(f"not installed: {INSTALL}") from error
+
+
+def op(name: str) -> Callable[..., Any]:
+    """``prmfast.ops``'s function ``name``."""
+    from prmfast import ops
+
+    found: Callable[..., Any] = getattr(ops, name)
+    return found
+
+
+def op_missing(name: str) -> Callable[[], str | None]:
+    """A check that ``prmfast.ops`` has the op ``name`` and that its compiled backend runs."""
+
+    def missing() -> str | None:
+        from prmfast import ops
+
+        return None if hasattr(ops, name) else "not built"
+
+    return missing
+
+
+def assert_close(name: str, got: Tensor, truth: Tensor, *, rtol: float, atol: float) -> float:
+    """The largest absolute error; AssertionError where one exceeds ``atol + rtol * |truth|`` or shapes differ."""
+    import torch
+
+    if tuple(got.shape) != tuple(truth.shape):
+        raise AssertionError(f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}")
+    if got.numel() == 0:
+        return 0.0
+    error = (got.double() - truth.double()).abs()
+    both = torch.isinf(truth) & (got == truth)  # a masked token's -inf
+    error = torch.where(both, 0.0, error)
+    bad = ~(error <= atol + rtol * truth.double().abs())
+    if bool((bad & ~both).any()):
+        where = tuple(int(i) for i in (bad & ~both).nonzero()[0])
+        raise AssertionError(
+            f"{name}: {float(got[where]):.9g} at {where}, expected {float(truth[where]):.9g} (rtol {rtol}, atol {atol})"
+        )
+    return float(error.max())

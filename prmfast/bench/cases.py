@@ -1,0 +1,115 @@
+"""Every case, in the one place where sizes stand. The sizes of the acceptance table carry ``table=True``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from prmfast.bench import candidate_td, dist_ppo, ias, picnn
+from prmfast.bench.case import Case
+from prmfast.bench.overhead import overhead_case
+
+VOCABULARY = 151_936
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def _picnn() -> list[Case]:
+    return [
+        *(picnn.map_case("softplus", rows, 100).marked(table=True, scaling=True) for rows in (4096, 512, 64)),
+        *(picnn.map_case("leaky_relu", rows, 100) for rows in (4096, 512, 64)),
+        picnn.step_case(512).marked(table=True, scaling=True),
+        picnn.map_case("softplus", 8, 11).marked(quick=True),
+        picnn.step_case(16).marked(quick=True),
+        overhead_case(picnn.map_case("softplus", 1, 1, 8), "B=1 M=1"),
+    ]
+
+
+def _ias() -> list[Case]:
+    sizes = [(rows, columns) for columns in (11, 100) for rows in (64, 4096, 100_000)]
+    budgets = []
+    for rows, columns in sizes:
+        checked = ias.CHECKED[columns] if rows == 100_000 else 0
+        budgets.append(ias.budget_case(rows, columns, checked).marked(table=rows > 64, scaling=rows != 4096))
+    return [
+        *budgets,
+        *(ias.curve_case(rows, columns).marked(table=rows > 64, scaling=rows != 4096) for rows, columns in sizes),
+        ias.allocate_case(100_000, 100, 800_000).marked(table=True, scaling=True),
+        ias.budget_case(32, 11).marked(quick=True),
+        ias.curve_case(32, 11).marked(quick=True),
+        ias.allocate_case(32, 11, 256).marked(quick=True),
+        overhead_case(ias.budget_case(1, 10), "B=1 M=10").marked(scaling=True),
+        overhead_case(ias.curve_case(1, 10), "B=1 M=10"),
+        overhead_case(ias.allocate_case(1, 10, 8), "B=1 M=10"),
+    ]
+
+
+def _candidate_td() -> list[Case]:
+    return [
+        *(candidate_td.candidates_case(d, 256, VOCABULARY).marked(table=True, scaling=True) for d in DTYPES),
+        *(candidate_td.logprob_case(d, 256, VOCABULARY) for d in DTYPES),
+        candidate_td.linear_case(2048, 1024, VOCABULARY).marked(table=True),
+        candidate_td.linear_case(256, 256, 20_000).marked(scaling=True),
+        *(candidate_td.candidates_case(d, 4, 1000).marked(quick=True) for d in DTYPES),
+        candidate_td.logprob_case(torch.float32, 4, 1000).marked(quick=True),
+        candidate_td.linear_case(8, 32, 1000).marked(quick=True),
+        overhead_case(candidate_td.candidates_case(torch.float32, 1, 16), "T=1 V=16"),
+        overhead_case(candidate_td.logprob_case(torch.float32, 1, 16), "T=1 V=16"),
+        overhead_case(candidate_td.linear_case(1, 8, 16), "T=1 d=8 V=16"),
+    ]
+
+
+def _dist_ppo() -> list[Case]:
+    return [
+        *(dist_ppo.loss_case(d, 256, VOCABULARY).marked(table=True, scaling=True) for d in DTYPES),
+        dist_ppo.linear_case(2048, 1024, VOCABULARY).marked(table=True),
+        dist_ppo.linear_case(256, 256, 20_000).marked(scaling=True),
+        *(dist_ppo.loss_case(d, 4, 1000).marked(quick=True) for d in DTYPES),
+        dist_ppo.linear_case(8, 32, 1000).marked(quick=True),
+        overhead_case(dist_ppo.loss_case(torch.float32, 1, 16), "T=1 V=16"),
+        overhead_case(dist_ppo.linear_case(1, 8, 16), "T=1 d=8 V=16"),
+    ]
+
+
+@functools.cache
+def all_cases() -> tuple[Case, ...]:
+    """All of them, by room."""
+    cases = (*_picnn(), *_ias(), *_candidate_td(), *_dist_ppo())
+    assert len({case.name for case in cases}) == len(cases)
+    return cases
+
+
+ROOMS = ("picnn", "ias", "candidate_td", "dist_ppo")
+
+
+def by_name(name: str) -> Case:
+    """The case called ``name``."""
+    return next(case for case in all_cases() if case.name == name)
+
+
+def select(
+    rooms: Sequence[str] = (),
+    ops: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    scaling: bool = False,
+) -> list[Case]:
+    """Cases of these rooms and ops whose size contains one of ``sizes``; all, or the quick ones. ValueError: none."""
+    found = [
+        case
+        for case in all_cases()
+        if (not rooms or case.room in rooms)
+        and (not ops or case.op in ops)
+        and (not dtypes or case.dtype in dtypes)
+        and (not sizes or any(part in case.size for part in sizes))
+        and (case.scaling if scaling else case.quick == quick)
+    ]
+    if not found:
+        known = sorted({case.op for case in all_cases()})
+        raise ValueError(
+            f"no case matches; rooms: {', '.join(ROOMS)}; ops: {', '.join(known)}; see prmfast bench --list"
+        )
+    return sorted(found, key=lambda case: not case.table)  # a run that is cut off has the rows of the README
