@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kPair = 2 * kWide;       // logits taken at a time
 constexpr int64_t kChunk = 2048;           // logits between two looks at the running reference
 constexpr int64_t kAhead = 2048;           // bytes that memory is asked for in advance
-constexpr double kJump = 60;               // powers of two that the largest logit may be away from the reference
+constexpr double kJump = 16;               // powers of two that the largest logit may be away from the reference
 constexpr int64_t kWorkPerLogit = 20;
 
 // The lines of a pair that comes later: twice as fast as what the hardware foresees, and faster than stores that pass the cache.
