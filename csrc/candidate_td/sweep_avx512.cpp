@@ -1,7 +1,7 @@
 // The sweep in AVX-512 intrinsics: VREDUCE and VSCALEF have no portable spelling, and bfloat16 needs them to keep up with memory.
 #include "candidate_td/sweep_block.h"
 
-#ifdef PRMFAST_AVX512
+#if PRMFAST_HAS_ISAS
 #include <immintrin.h>
 
 #include <cmath>

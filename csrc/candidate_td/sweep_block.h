@@ -40,7 +40,7 @@ PRMFAST_INLINE int64_t reach_each(const S* x, int64_t i, int64_t end, float thre
   return found;
 }
 
-#ifdef PRMFAST_AVX512
+#if PRMFAST_HAS_ISAS
 bool has_avx512();
 Sweep<float> sweep_avx512(const float* x, int64_t n, float scale, float reference);
 Sweep<float> sweep_avx512(const BFloat16* x, int64_t n, float scale, float reference);

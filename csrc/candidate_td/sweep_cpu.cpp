@@ -89,7 +89,7 @@ PRMFAST_MULTIVERSION Sweep<float> sweep_portable(const Float16* x, int64_t n, fl
 
 template <class S>
 Sweep<float> sweep_best(const S* x, int64_t n, float scale, float reference) {
-#ifdef PRMFAST_AVX512
+#if PRMFAST_HAS_ISAS
   if (has_avx512()) return sweep_avx512(x, n, scale, reference);
 #endif
   return sweep_portable(x, n, scale, reference);
@@ -130,7 +130,7 @@ PRMFAST_MULTIVERSION int64_t reach_portable(const Float16* x, int64_t n, float t
 
 template <class S>
 int64_t reach_best(const S* x, int64_t n, float threshold, int32_t* out) {
-#ifdef PRMFAST_AVX512
+#if PRMFAST_HAS_ISAS
   if (has_avx512()) return reach_avx512(x, n, threshold, out);
 #endif
   return reach_portable(x, n, threshold, out);
