@@ -19,7 +19,7 @@ def _failure(quantiles: Tensor) -> Tensor:
 
 
 def ias_budget(quantiles: Tensor, target: Tensor | float, n_max: int) -> Tensor:
-    """quantiles [B, M], target a number or [] or [B] float64 -> int32 [B]: 1 + the number of N < n_max that miss the target."""
+    """quantiles [B, M], target a number, [] or [B] float64 -> int32 [B]: 1 + the number of N < n_max that miss it."""
     fail = _failure(quantiles)
     power = fail
     budget = torch.ones(len(fail), dtype=torch.int32, device=fail.device)
