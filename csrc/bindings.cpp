@@ -1,10 +1,7 @@
 // The one module: a bind(m) per room.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-
-#include "common/simd.h"
+#include "common/isa.h"
 
 #ifdef PRMFAST_CUDA
 #include "common/device.h"
@@ -28,16 +25,8 @@ void bind(pybind11::module_& m);
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled backends of prmfast; raw pointers and sizes, no torch.";
   // For tests and bug reports: what the kernels that have a function per instruction set run on, in this process.
-  m.def("isa", [] { return std::string(prmfast::name(prmfast::chosen_isa())); });
-  m.def("set_isa", [](const std::string& wanted) {
-    for (const auto isa : {prmfast::Isa::kPortable, prmfast::Isa::kAvx2, prmfast::Isa::kAvx512})
-      if (wanted == prmfast::name(isa) && isa <= prmfast::best_isa()) {
-        prmfast::chosen_isa() = isa;
-        return;
-      }
-    throw std::invalid_argument("isa must be one that this CPU has, at most " + std::string(prmfast::name(prmfast::best_isa())) +
-                                ", got " + wanted);
-  });
+  m.def("isa", [] { return prmfast::chosen_name(); });
+  m.def("set_isa", &prmfast::choose, pybind11::arg("isa"));
   auto picnn = m.def_submodule("picnn");
   prmfast::picnn::bind(picnn);
   auto ias = m.def_submodule("ias");

@@ -4,7 +4,7 @@
 // products: a few points wait in a block, then each 16-weight tile reads them once with its sums in registers.
 #include "common/parallel_for.h"
 #include "common/simd.h"
-#include "picnn/plan.h"
+#include "picnn/engines.h"
 
 namespace prmfast::picnn {
 namespace {
@@ -19,7 +19,7 @@ struct Workspace {
     const auto take = [&](int64_t n) { return std::exchange(next, next + n); };
     a = take(kPointsTogether * units), da = take(kPointsTogether * units);
     p = take(kPointsTogether * units), dp = take(kPointsTogether * units);
-    tape = Tape<T>{nullptr, nullptr, take(units), take(units), take(units), take(units), take(units)};
+    tape = Tape<T>{nullptr, nullptr, take(units), take(units), take(units), take(units), take(units), nullptr};
     z = take(units), dz = take(units);
     tile = take(plan.lane_row()), gate_slopes = take(plan.lane_row()), d_tile = take(plan.lane_row());
   }
@@ -176,7 +176,7 @@ PRMFAST_INLINE void backward_tiles(const Plan<T>& plan, const Inputs<T>& in, con
       const int64_t slot = ws.waiting * plan.total_units;
       ws.tape.a = ws.a + slot;
       ws.tape.da = ws.da + slot;
-      forward_point<T, kUnits, true>(plan, RowInEveryLane<T>{ws.tile}, x, ws.tape, value, gradient);
+      forward_point<T, DenseEngine<T, kUnits>, true>(plan, RowInEveryLane<T>{ws.tile}, x, ws.tape, value, gradient);
       backward_point<T, kUnits>(plan, x, g_value, g_gradient, ws, d_x);
       for (int64_t l = 0; l < count; ++l) grads.levels[(first + l) * in.m + m] = d_x[l];
       if (++ws.waiting == kPointsTogether) add_weight_gradients(plan, ws, d_weights);

@@ -41,10 +41,10 @@ template <class T>
 void bind_type(py::module_& m, const char* suffix) {
   m.def((std::string("forward_") + suffix).c_str(),
         [](const Shape& shape, uintptr_t rows, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz, int64_t count,
-           int64_t m, double tolerance, uintptr_t value, uintptr_t gradient, int threads) {
+           int64_t m, double tolerance, bool plain_bf16, uintptr_t value, uintptr_t gradient, int threads) {
           py::gil_scoped_release release;
-          forward<T>(shape, inputs<T>(rows, levels, level_stride, wz, count, m), tolerance, pointer<T>(value), pointer<T>(gradient),
-                     threads);
+          forward<T>(shape, inputs<T>(rows, levels, level_stride, wz, count, m), {tolerance, plain_bf16}, pointer<T>(value),
+                     pointer<T>(gradient), threads);
         });
   m.def((std::string("backward_") + suffix).c_str(),
         [](const Shape& shape, uintptr_t rows, uintptr_t levels, int64_t level_stride, const std::vector<uintptr_t>& wz, int64_t count,

@@ -38,11 +38,18 @@ struct Inputs {
   int64_t count, m;
 };
 
+// How exact a result has to be. tolerance > 0 (float, softplus): a row may be evaluated at Chebyshev nodes and interpolated where
+// the estimated error of its gradient is below tolerance times its mean magnitude. plain_bf16 (float): a CPU with AMX may round
+// weights and activations of the hidden layers to bfloat16.
+struct Accuracy {
+  double tolerance;
+  bool plain_bf16;
+};
+
 // Writes value and gradient [count, m]. A gradient never falls from a level to a higher one of its row where every wz is >= 0.
-// tolerance > 0 (float, softplus): a row may be evaluated at Chebyshev nodes and interpolated where the estimated error of its
-// gradient is below tolerance times its mean magnitude. A row's result does not depend on the other rows.
+// A row's result does not depend on the other rows.
 template <class T>
-void forward(const Shape& shape, const Inputs<T>& in, double tolerance, T* value, T* gradient, int threads);
+void forward(const Shape& shape, const Inputs<T>& in, const Accuracy& accuracy, T* value, T* gradient, int threads);
 
 // Writes d rows, d levels [count, m] and d wz[i] of sum(value * grad_value + gradient * grad_gradient).
 template <class T>

@@ -18,12 +18,18 @@ inline int units_together(Isa isa) {
   return isa == Isa::kAvx512 ? kUnitsAvx512 : isa == Isa::kAvx2 ? kUnitsAvx2 : kUnitsPortable;
 }
 
+// Weights split into bfloat16 parts, in tiles of 16 units x 32 inputs: [units / 16][inputs / 32][16][32], zeros behind.
+struct TileWeights {
+  std::vector<uint16_t> high, low;
+};
+constexpr int64_t kTileElements = 16 * 32;
+
 // The shape with every offset computed once per call, and the weights in the order in which kUnits units at a time read them.
 template <class T>
 struct Plan {
-  Plan(const Shape& s, const Inputs<T>& in, int units_together)
+  Plan(const Shape& s, const Inputs<T>& in, int units_together, bool with_tiles = false, bool plain = false)
       : shape(s), widths(s.widths), layers(s.layers()), raw_row(s.row()), kappa(s.kappa()), first_gate(s.gate(1)),
-        slope_of_leak(static_cast<T>(s.negative_slope)), floor(static_cast<T>(s.curvature_floor)), together(units_together) {
+        slope_of_leak(static_cast<T>(s.negative_slope)), floor(static_cast<T>(s.curvature_floor)), together(units_together), plain_bf16(plain) {
     for (int i = 0; i <= layers; ++i) {
       slope.push_back(s.slope(i));
       offset.push_back(s.offset(i));
@@ -38,24 +44,53 @@ struct Plan {
       for (int64_t k = 0; k < widths[i] * widths[i + 1]; ++k) convex = convex && in.wz[i][k] >= 0;
     }
     last = in.wz[layers - 1];
+    room = (widest + 15) / 16 * 16;
     for (int i = 0; i + 1 < layers; ++i) {  // the last layer has one unit and is folded into the one before it
+      if (with_tiles) {
+        tiles.push_back(pack_tiles(in.wz[i], widths[i + 1], widths[i]));
+        continue;
+      }
       by_output.push_back(pack(in.wz[i], widths[i + 1], widths[i], widths[i], 1));
       by_input.push_back(pack(in.wz[i], widths[i], widths[i + 1], 1, widths[i]));
     }
   }
+  int64_t tile_steps(int i) const { return (widths[i - 1] + 31) / 32; }  // of 32 inputs, hidden layer i >= 1
   int64_t lane_row() const { return (kappa + kWidth<T>) / kWidth<T> * kWidth<T>; }  // kappa + 1 entries, padded
 
   Shape shape;
   std::vector<int64_t> widths, slope, offset, gate, units, weights;
   int layers;
-  int64_t raw_row, kappa, first_gate, total_units = 0, total_weights = 0, widest = 0;
+  int64_t raw_row, kappa, first_gate, total_units = 0, total_weights = 0, widest = 0, room = 0;  // room: widest in whole tiles
   T slope_of_leak, floor;
   int together;
+  bool plain_bf16;
   bool convex = true;  // every weight is >= 0: the gradient increases
   const T* last;       // [k_{L-1}]
   std::vector<std::vector<T>> by_output, by_input;  // [block][other side][together], zeros behind
+  std::vector<TileWeights> tiles;                   // instead of these, for the tile engines
 
  private:
+  TileWeights pack_tiles(const T* w, int64_t out, int64_t from) const {
+    const int64_t steps = (from + 31) / 32, size = (out + 15) / 16 * steps * kTileElements;
+    TileWeights packed{std::vector<uint16_t>(size), std::vector<uint16_t>(size)};
+    const auto rounded = [](float x) {
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    };
+    for (int64_t j = 0; j < out; ++j)
+      for (int64_t k = 0; k < from; ++k) {
+        const int64_t at = (j / 16 * steps + k / 32) * kTileElements + j % 16 * 32 + k % 32;
+        const float x = static_cast<float>(w[j * from + k]);
+        const uint32_t high = rounded(x);
+        float part;
+        std::memcpy(&part, &high, 4);
+        packed.high[at] = static_cast<uint16_t>(high >> 16);
+        packed.low[at] = static_cast<uint16_t>(rounded(x - part) >> 16);
+      }
+    return packed;
+  }
+
   std::vector<T> pack(const T* w, int64_t units_here, int64_t others, int64_t unit_stride, int64_t other_stride) const {
     const int64_t blocks = (units_here + together - 1) / together;
     std::vector<T> out(blocks * others * together, T(0));
@@ -169,6 +204,7 @@ PRMFAST_INLINE void load_row(const Plan<T>& plan, const T* row, T* out) {
 template <class T>
 struct Tape {
   Lanes<T>*a, *da, *z, *dz, *first, *second, *dp;
+  Lanes<uint32_t>* pairs;  // of the tile engines
 };
 
 // kUnits units of a layer, all accumulators in registers: p = x v + c + W a, dp = v + W da.
@@ -207,11 +243,11 @@ PRMFAST_INLINE void dense_tile(const Coefficients& row, int64_t slope, int64_t o
   }
 }
 
-// Value and tangent at one level per lane. Without a tape, a and da have room for 2 * widest vectors, and layers take turns.
-template <class T, int kUnits, bool kTape, class Coefficients>
+// Value and tangent at one level per lane. Without a tape, a and da have room for 2 * plan.room vectors, and layers take turns.
+template <class T, class Engine, bool kTape, class Coefficients>
 PRMFAST_INLINE void forward_point(const Plan<T>& plan, const Coefficients& row, Lanes<T> x, const Tape<T>& tape, Lanes<T>& value,
                                   Lanes<T>& gradient) {
-  const auto base = [&](int i) { return kTape ? plan.units[i] : (i & 1) * plan.widest; };
+  const auto base = [&](int i) { return kTape ? plan.units[i] : (i & 1) * plan.room; };
   gradient = row[plan.slope[plan.layers]];
   value = x * gradient + row[plan.offset[plan.layers]];
   for (int i = 0; i < plan.layers; ++i) {
@@ -223,11 +259,7 @@ PRMFAST_INLINE void forward_point(const Plan<T>& plan, const Coefficients& row, 
         p[j] = x * dp[j] + row[plan.offset[0] + j];
       }
     } else {
-      const int64_t from = plan.widths[i - 1];
-      const T* weight = plan.by_output[i - 1].data();
-      for (int64_t j = 0; j < out; j += kUnits, weight += from * kUnits)
-        dense_tile<T, kUnits>(row, plan.slope[i] + j, plan.offset[i] + j, std::min<int64_t>(kUnits, out - j), weight, from,
-                              tape.a + base(i - 1), tape.da + base(i - 1), x, p + j, dp + j);
+      Engine::layer(plan, i, row, x, tape, tape.a + base(i - 1), tape.da + base(i - 1), p, dp);
     }
     const bool square = i == 0 && plan.shape.square_first, last = i + 1 == plan.layers;
     for (int64_t j = 0; j < out; ++j) {

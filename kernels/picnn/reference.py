@@ -64,10 +64,10 @@ def context_stage(params: PicnnParams, context: Tensor, encoder_scale: Sequence[
 
 
 def picnn_levels(
-    rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float
+    rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Value g and gradient dg/dx, both [B, M], at levels [B, M] from raw coefficient rows [B, P]; always exact."""
-    del tolerance  # of interpolation
+    del tolerance, precision  # what faster backends may leave out
     layout = CoefficientLayout((*(int(w.shape[1]) for w in wz), 1))
     x = levels.unsqueeze(-1)  # [B, M, 1]
 

@@ -29,7 +29,7 @@ def _implementation(quantiles: Tensor, backend: str) -> Any:
 
 
 def _check_arguments(check: Check, quantiles: object, n_max: object) -> None:
-    """What the dispatcher would not say as well. The checks one by one take longer than a small batch."""
+    """What the dispatcher would not say as well. A small batch is answered sooner than single checks are made."""
     usual = type(quantiles) is Tensor and type(n_max) is int and 1 <= n_max <= _INT32_MAX
     if not usual or quantiles.dtype not in FLOATS or quantiles.ndim != 2:  # type: ignore[attr-defined]
         check.tensor("quantiles", quantiles, ndim=2)

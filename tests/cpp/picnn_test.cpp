@@ -3,6 +3,7 @@
 #include <string>
 
 #include "check.h"
+#include "common/amx.h"
 #include "picnn/picnn.h"
 
 using prmfast::picnn::Activation;
@@ -78,7 +79,7 @@ void test_shape(Random& random, const Shape& shape, int64_t rows, int64_t m, int
   std::vector<std::vector<double>> wz;
   for (const Exact<T>& w : problem.wz) wz.push_back(doubles(w.data(), w.size()));
   Exact<T> value(rows * m), gradient(rows * m);
-  prmfast::picnn::forward<T>(shape, problem.in, 0, value.data(), gradient.data(), threads);
+  prmfast::picnn::forward<T>(shape, problem.in, {0, false}, value.data(), gradient.data(), threads);
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
   for (int64_t b = 0; b < rows; ++b)
     for (int64_t i = 0; i < m; ++i) {
@@ -149,8 +150,13 @@ void test_type() {
 }  // namespace
 
 int main() {
+  prmfast::chosen_amx() = prmfast::Amx::kOff;
   each_isa([] {
     test_type<float>();
     test_type<double>();
   });
+  prmfast::chosen_amx() = prmfast::Amx::kEmulated;
+  test_type<float>();
+  prmfast::chosen_amx() = prmfast::Amx::kNative;
+  if (prmfast::amx_available()) test_type<float>();
 }

@@ -157,21 +157,23 @@ def test_a_target_per_row(backend: str) -> None:
 
 def test_float32_decides_as_float64_does() -> None:
     for columns, seed in ((100, 0), (11, 1), (1, 2)):
-        q = make(300_000, columns, seed, torch.float32)
+        q = make(350_000, columns, seed, torch.float32)
         for target in (0.9, 0.995):
-            assert torch.equal(ias_budget(q, target, 64), ias_budget(q.double(), target, 64))
+            exact = ias_budget(q, target, 70_000).clamp(max=64)  # beyond 65,536 the search is float64 throughout
+            assert torch.equal(ias_budget(q, target, 64), exact)
 
 
 @each_backend
 @pytest.mark.parametrize("n_max", [1, 2, 63, 64, 65, 1000, 10**6, 2**31 - 1])
 def test_targets_that_the_curve_nearly_touches(backend: str, n_max: int) -> None:
-    for columns, rows in itertools.product((1, 2, 7, 11, 15, 16, 17, 100, 1000), (1, 15, 16, 17, 33)):
-        q = make(rows, columns, columns, torch.float32).clamp_min(0.05)  # every answer stays below 1000
+    shapes = zip((1, 2, 7, 11, 15, 16, 17, 100, 1000), itertools.cycle((33, 17, 16, 15, 1)), strict=False)
+    for columns, rows in shapes:
+        q = make(rows, columns, columns, torch.float32).clamp_min(0.1)  # every answer stays below 140
+        curve = torch.from_numpy(curve_by_definition(q, min(n_max, 140)))
         n = torch.arange(rows) % min(n_max, 70)
         reached = 1 - ((1 - q.double()) ** (n[:, None] + 1)).mean(1)
         for distance in (-1e-5, -1e-7, -1e-9, 1e-9, 1e-7, 1e-5):
             target = (reached + distance).clamp(1e-6, 1 - 1e-6)
-            curve = torch.from_numpy(curve_by_definition(q, min(n_max, 1000)))
             expected = (1 + (curve < target[:, None] - reference.TOUCH).sum(1)).clamp(max=n_max)
             clear = (curve - target[:, None]).abs().min(1).values > 1e-11
             got = ias_budget(q, target, n_max, backend=backend)

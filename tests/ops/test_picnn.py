@@ -150,6 +150,8 @@ def test_step_says_what_is_wrong() -> None:
         picnn_step(params, context, levels, encoder_scale=[levels])
     with pytest.raises(ValueError, match=r"encoder_scale\[0\] must have shape \(2, 7\), got \(2, 3\)"):
         picnn_map(params, context, levels, encoder_scale=[levels, levels])
+    with pytest.raises(ValueError, match=r"precision must be one of .*, got 'int8'"):
+        picnn_map(params, context, levels, precision="int8")
     with pytest.raises(ValueError, match="tolerance must be >= 0, got -1"):
         picnn_map(params, context, levels, tolerance=-1.0)
 
@@ -177,7 +179,7 @@ def gradient_error(params: PicnnParams, context: Tensor, levels: Tensor, **optio
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled extension is not built")
 class TestCompiled:
-    @pytest.fixture(params=["avx512", "avx2", "portable"])
+    @pytest.fixture(params=["amx", "amx_emulated", "avx512", "avx2", "portable"])
     def isa(self, request: pytest.FixtureRequest) -> Iterator[str]:
         from prmfast import _C
 
@@ -261,7 +263,7 @@ class TestCompiled:
         params, context = steep(3.0, 64)
         rows = context_stage(params, context)
         for levels in (torch.rand(64, 100), torch.linspace(0, 1, 100).expand(64, -1), torch.rand(64, 5)):
-            arguments = (list(params.wz), *params.options, 1e-5, "cpu")
+            arguments = (list(params.wz), *params.options, 1e-5, "float32", "cpu")
             many = torch.ops.prmfast.picnn_levels(rows, levels, *arguments)
             for row in (0, 17, 63):
                 one = torch.ops.prmfast.picnn_levels(rows[row : row + 1], levels[row : row + 1], *arguments)
@@ -279,13 +281,23 @@ class TestCompiled:
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
+    def test_float32_is_float32(self, isa: str) -> None:
+        for widths in ((32, 32), (40, 33, 17, 3), (64, 64, 64, 64)):
+            params = make_picnn(5, widths, curvature=True, curvature_floor=1e-3, dtype=torch.float32)
+            context, levels = (t.float() for t in inputs(20, 7))
+            assert bool((gradient_error(params, context, levels, backend="cpu") < 3e-5).all())
+            low = gradient_error(params, context, levels, backend="cpu", precision="bfloat16")
+            assert bool((low < 3e-2).all())
+            assert bool((low > 1e-4).any()) == isa.startswith("amx")  # an option, which only tiles make use of
+
     def test_threads_change_nothing(self, isa: str) -> None:
         params, context = steep(1.0, 300)
         levels = torch.rand(300, 40)
         one = picnn_map(params, context, levels, backend="cpu")
         torch.set_num_threads(3)
         try:
-            assert all(torch.equal(a, b) for a, b in zip(one, picnn_map(params, context, levels), strict=True))
+            three = picnn_map(params, context, levels, backend="cpu")
+            assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
         finally:
             torch.set_num_threads(1)
 
@@ -303,7 +315,7 @@ def test_opcheck(backend: str) -> None:
     for expand in (False, True):
         points = levels[:1].expand(2, -1) if expand else levels
         rows = context_stage(params, context).requires_grad_()
-        arguments = (rows, points, list(params.wz), *params.options, 1e-5, backend)
+        arguments = (rows, points, list(params.wz), *params.options, 1e-5, "float32", backend)
         torch.library.opcheck(torch.ops.prmfast.picnn_levels.default, arguments)
     rows, wz = context_stage(params, context), list(params.wz)
     backward = (levels, levels, rows, levels, wz, *params.options, backend)
@@ -313,7 +325,7 @@ def test_opcheck(backend: str) -> None:
     for context_gradient in (False, True):
         leaf = context.clone().requires_grad_(context_gradient)
         learnt = [t.detach().clone().requires_grad_() for t in linears]
-        network = (leaf, levels, learnt, scales, wz, "silu", *params.options, 1e-5, backend)
+        network = (leaf, levels, learnt, scales, wz, "silu", *params.options, 1e-5, "float32", backend)
         torch.library.opcheck(torch.ops.prmfast.picnn_network.default, network)
         backward = (levels, levels, context, levels, linears, scales, wz, rows, before, "silu", context_gradient)
         opcheck_arguments = (*backward, *params.options, backend)
@@ -351,7 +363,7 @@ def test_rows_do_not_depend_on_the_batch(backend: str) -> None:
     coefficients = context_stage(params, context)
 
     def run(rows: slice) -> Tensor:
-        arguments = (coefficients[rows], levels[rows], list(params.wz), *params.options, 1e-5, backend)
+        arguments = (coefficients[rows], levels[rows], list(params.wz), *params.options, 1e-5, "float32", backend)
         return torch.ops.prmfast.picnn_levels(*arguments)[1]
 
     assert torch.equal(run(slice(None))[3], run(slice(3, 4))[0])

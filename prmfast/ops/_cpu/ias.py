@@ -1,4 +1,4 @@
-"""Room ias on the compiled CPU backend. It meets every NaN on its way and raises then: nobody has to look before."""
+"""Room ias on the compiled CPU backend. It meets every NaN on its way and raises then: no check before."""
 
 from __future__ import annotations
 

@@ -45,13 +45,20 @@ def _arguments(
 
 
 def picnn_levels(
-    rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float
+    rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float, precision: str
 ) -> tuple[Tensor, Tensor]:
     """See the reference."""
     arguments, _held = _arguments(rows, levels, wz, options)
     value, gradient = levels.new_empty(levels.shape), levels.new_empty(levels.shape)
     run = getattr(_C.picnn, f"forward_{_SUFFIX[levels.dtype]}")
-    run(*arguments, tolerance, value.data_ptr(), gradient.data_ptr(), torch.get_num_threads())
+    run(
+        *arguments,
+        tolerance,
+        precision == "bfloat16",
+        value.data_ptr(),
+        gradient.data_ptr(),
+        torch.get_num_threads(),
+    )
     return value, gradient
 
 
