@@ -1,6 +1,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/amx.h"
+#include "picnn/gemm.h"
 #include "picnn/picnn.h"
 
 namespace py = pybind11;
@@ -62,6 +64,13 @@ void bind(py::module_& m) {
   bind_shape(m);
   bind_type<float>(m, "f32");
   bind_type<double>(m, "f64");
+  m.def("has_tiles", [] { return chosen_amx() != Amx::kOff; });
+  m.def("gemm", [](uintptr_t a, int64_t a_row, int64_t a_depth, uintptr_t b, int64_t b_row, int64_t b_depth, uintptr_t bias, int64_t m,
+                   int64_t n, int64_t depth, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    gemm({pointer<const float>(a), a_row, a_depth}, {pointer<const float>(b), b_row, b_depth}, pointer<const float>(bias), m, n, depth,
+         pointer<float>(out), threads);
+  });
 }
 
 }  // namespace prmfast::picnn

@@ -290,6 +290,30 @@ class TestCompiled:
             assert bool((low < 3e-2).all())
             assert bool((low > 1e-4).any()) == isa.startswith("amx")  # an option, which only tiles make use of
 
+    def test_wide_contexts(self, isa: str) -> None:
+        """Products large enough for tiles, forward and backward, in every layout that they come in."""
+        g = torch.Generator().manual_seed(6)
+        for rows, width, hidden in ((130, 700, 65), (97, 513, 96)):
+            inner = make_picnn(hidden, (16, 16), curvature=True, curvature_floor=1e-3)
+            weight = torch.randn(hidden, width, generator=g, dtype=torch.float64) / width**0.5
+            encoder = ((weight, torch.randn(hidden, generator=g, dtype=torch.float64)),)
+            exact = replace(inner, encoder=encoder)
+            params = exact.to(dtype=torch.float32)
+            context, levels = torch.randn(rows, width, generator=g).float(), torch.rand(rows, 3, generator=g)
+            grads = torch.randn(2, rows, 3, generator=g).unbind(0)
+            truth = picnn_step(exact, context.double(), levels.double(), backend="reference")
+            found = picnn_step(params, context, levels, backend="cpu")
+            assert_within_budget(found.gradient, truth=truth.gradient, slack=2e-5)
+            ours = found.backward(grad_value=grads[0], grad_gradient=grads[1], context_gradient=True)
+            expected = truth.backward(
+                grad_value=grads[0].double(), grad_gradient=grads[1].double(), context_gradient=True
+            )
+            assert ours.context is not None
+            assert expected.context is not None
+            pairs = [(ours.context, expected.context), *zip(ours.linears, expected.linears, strict=True)]
+            for a, b in pairs:
+                assert float((a.double() - b).abs().max()) <= 2e-5 * float(b.abs().max())
+
     def test_threads_change_nothing(self, isa: str) -> None:
         params, context = steep(1.0, 300)
         levels = torch.rand(300, 40)

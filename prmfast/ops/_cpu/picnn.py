@@ -12,6 +12,7 @@ from prmfast.kernels.picnn.params import LevelOptions
 from prmfast.kernels.picnn.reference import context_activation
 from prmfast.ops._cpu._extension import _C
 
+_LEAST_SIDE, _LEAST_PRODUCT = 64, 1 << 22  # below, packing into tiles costs more than it saves
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -91,9 +92,9 @@ def picnn_context(
     """
     u, before = context, []
     for i, name in enumerate(activations):
-        before.append(torch.addmm(linears[2 * i + 1], u, linears[2 * i].t()))
+        before.append(_product(u, linears[2 * i], linears[2 * i + 1]))
         u = _layer_output(before[i], name, scales[i] if scales else None)
-    return torch.addmm(linears[-1], u, linears[-2].t()), before
+    return _product(u, linears[-2], linears[-1]), before
 
 
 def picnn_context_backward(
@@ -112,12 +113,28 @@ def picnn_context_backward(
     for i in range(len(activations), -1, -1):  # the layer that made d_out; the head is the last
         scale = scales[i - 1] if scales and i else None
         u = _layer_output(before[i - 1], activations[i - 1], scale) if i else context
-        d_linears[:0] = [d_out.t() @ u, d_out.sum(0)]
+        d_linears[:0] = [_product(d_out.t(), u.t()), d_out.sum(0)]
         if i == 0:
             break
-        d_u = d_out @ linears[2 * i]
+        d_u = _product(d_out, linears[2 * i].t())
         d_out = _activation_backward(d_u if scale is None else d_u * scale, before[i - 1], activations[i - 1])
-    return d_out @ linears[0] if context_gradient else context.new_empty(0), d_linears
+    d_context = _product(d_out, linears[0].t()) if context_gradient else context.new_empty(0)
+    return d_context, d_linears
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [m, k] @ b [n, k].T + bias [n]: on AMX tiles where that pays, else torch's."""
+    (m, depth), n = a.shape, b.shape[0]
+    large = min(m, depth) >= _LEAST_SIDE and m * n * depth >= _LEAST_PRODUCT
+    if large and a.dtype == torch.float32 and _C.picnn.has_tiles() and 1 in a.stride() and 1 in b.stride():
+        out = a.new_empty(m, n)
+        held = None if bias is None else bias.contiguous()
+        _C.picnn.gemm(
+            *(a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), 0 if held is None else held.data_ptr()),
+            *(m, n, depth, out.data_ptr(), torch.get_num_threads()),
+        )
+        return out
+    return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
 
 
 def _layer_output(before: Tensor, name: str, scale: Tensor | None) -> Tensor:
