@@ -25,9 +25,10 @@ def collect() -> dict[str, Any]:
     """Everything ``prmfast env`` knows, as plain values that `json.dumps` takes; missing things are None.
 
     Keys: ``versions`` (name -> version), ``cpu`` (model, instruction_sets, cores, torch_threads, OMP_NUM_THREADS),
-    ``gpu`` (torch_cuda, usable, devices with name and driver), ``extension`` (missing: reason or None, cuda_runtime,
-    cuda_devices), ``rooms`` (room -> backend -> None where usable, else the reason), ``auto`` (room -> device kind ->
-    the backend that ``backend="auto"`` takes, or why it raises), ``PRMFAST_BACKEND``.
+    ``gpu`` (torch_cuda, usable, devices with name and driver), ``extension`` (missing: reason or None, kernels: the
+    instruction set that they run on, cuda_runtime, cuda_devices), ``rooms`` (room -> backend -> None where usable, else
+    the reason), ``auto`` (room -> device kind -> the backend that ``backend="auto"`` takes, or why it raises),
+    ``PRMFAST_BACKEND``.
     """
     return {
         "versions": {"python": platform.python_version(), "prmfast": __version__} | {n: _version(n) for n in LIBRARIES},
@@ -92,12 +93,13 @@ def _extension() -> dict[str, Any]:
     try:
         from prmfast.ops._cpu._extension import _C
     except ImportError as error:
-        return {"missing": str(error), "cuda_runtime": None, "cuda_devices": None}
+        return {"missing": str(error), "kernels": None, "cuda_runtime": None, "cuda_devices": None}
     cuda = getattr(_C, "cuda", None)
     if cuda is None:
-        return {"missing": None, "cuda_runtime": None, "cuda_devices": None}
+        return {"missing": None, "kernels": _C.isa(), "cuda_runtime": None, "cuda_devices": None}
     major, rest = divmod(cuda.runtime_version(), 1000)
-    return {"missing": None, "cuda_runtime": f"{major}.{rest // 10}", "cuda_devices": cuda.device_count()}
+    runtime = f"{major}.{rest // 10}"
+    return {"missing": None, "kernels": _C.isa(), "cuda_runtime": runtime, "cuda_devices": cuda.device_count()}
 
 
 def _auto(room: str, kind: str) -> str:
@@ -121,9 +123,11 @@ def _machine_table(facts: dict[str, Any]) -> Table:
     if extension["missing"] is not None:
         built = extension["missing"]
     elif extension["cuda_runtime"] is None:
-        built = "C++ only (PRMFAST_CUDA=1 adds CUDA)"
+        built = f"C++ ({extension['kernels']}) only (PRMFAST_CUDA=1 adds CUDA)"
     else:
-        built = f"C++ and CUDA {extension['cuda_runtime']}, {extension['cuda_devices']} devices"
+        built = (
+            f"C++ ({extension['kernels']}) and CUDA {extension['cuda_runtime']}, {extension['cuda_devices']} devices"
+        )
     table.add_row("extension", built)
     table.add_row("PRMFAST_BACKEND", facts["PRMFAST_BACKEND"] or "not set")
     return table

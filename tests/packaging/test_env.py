@@ -62,19 +62,19 @@ def test_render_names_versions_rooms_and_reasons() -> None:
 
 def test_a_missing_extension_and_missing_libraries_are_told() -> None:
     facts = _env.collect()
-    facts["extension"] = {"missing": "it does not load (no such file)", "cuda_runtime": None, "cuda_devices": None}
+    facts["extension"] = {"missing": "no such file", "kernels": None, "cuda_runtime": None, "cuda_devices": None}
     facts["versions"]["vllm"] = None
     text = rendered(facts)
-    assert "it does not load (no such file)" in text
+    assert "no such file" in text
     assert "not installed" in text
 
 
 def test_a_gpu_build_names_its_runtime_and_the_devices() -> None:
     facts = _env.collect()
-    facts["extension"] = {"missing": None, "cuda_runtime": "13.0", "cuda_devices": 2}
+    facts["extension"] = {"missing": None, "kernels": "avx2", "cuda_runtime": "13.0", "cuda_devices": 2}
     facts["gpu"]["devices"] = [{"name": "NVIDIA H100 80GB HBM3", "driver": "580.65.06"}]
     text = rendered(facts)
-    assert "C++ and CUDA 13.0, 2 devices" in text
+    assert "C++ (avx2) and CUDA 13.0, 2 devices" in text
     assert "NVIDIA H100 80GB HBM3 (driver 580.65.06)" in text
 
 
