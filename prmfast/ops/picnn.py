@@ -28,6 +28,7 @@ _N_OPTIONS = len(LevelOptions._fields)
 _OPTIONS = "str activation, float negative_slope, bool square_first, str gate, bool curvature, float curvature_floor"
 
 _NO_ACTIVATION = "none"
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -308,19 +309,30 @@ def picnn_map(
         rows = context_stage(call.params, call.context, call.scales)
         out = torch.ops.prmfast.picnn_levels(rows, call.levels, wz, *options, tolerance, precision, backend)
         return out[0], out[1]
-    out = torch.ops.prmfast.picnn_network(
+    linears = call.linears()
+    arguments = (
         call.context,
         call.levels,
-        call.linears(),
+        linears,
         call.scales,
         wz,
         call.activations(),
         *options,
         tolerance,
         precision,
-        backend,
     )
+    if _is_plain_call((call.context, call.levels, *linears, *wz)):
+        value, gradient, _, _ = _network(*arguments, backend)
+        return value, gradient
+    out = torch.ops.prmfast.picnn_network(*arguments, backend)
     return out[0], out[1]
+
+
+def _is_plain_call(tensors: Sequence[Tensor]) -> bool:
+    """Nobody traces, compiles or differentiates: a few rows are served in the time that the dispatcher takes."""
+    if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 class PicnnGradients(NamedTuple):
