@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prmfast.bench import inputs
-from prmfast.bench.case import FLOOR, Call, Case, Job, Rival, Work, assert_close, op, op_missing, require
+from prmfast.bench.case import FLOOR, Call, Case, Job, Rival, Work, assert_close, op, require
 from prmfast.bench.picnn import compiled, jitted, to_jax, to_torch
 from prmfast.kernels.candidate_td.candidates import Candidates
 
@@ -276,7 +276,6 @@ def candidates_case(dtype: torch.dtype, rows: int, vocabulary: int) -> Case:
         make=functools.partial(candidates_job, dtype, rows, vocabulary),
         tiny=functools.partial(candidates_job, dtype, 2, 40),
         rivals=RIVALS,
-        missing=op_missing("candidate_td"),
     )
 
 
@@ -290,7 +289,6 @@ def logprob_case(dtype: torch.dtype, rows: int, vocabulary: int) -> Case:
         make=functools.partial(logprob_job, dtype, rows, vocabulary),
         tiny=functools.partial(logprob_job, dtype, 2, 40),
         rivals=LOGPROB_RIVALS,
-        missing=op_missing("token_logprob"),
     )
 
 
@@ -304,5 +302,4 @@ def linear_case(rows: int, width: int, vocabulary: int) -> Case:
         make=functools.partial(linear_job, rows, width, vocabulary),
         tiny=functools.partial(linear_job, 2, 8, 40),
         rivals=LINEAR_RIVALS,
-        missing=op_missing("linear_candidate_td"),
     )

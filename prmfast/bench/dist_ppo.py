@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prmfast.bench import inputs
 from prmfast.bench.candidate_td import CHUNK, eager_logsumexp
-from prmfast.bench.case import DERIVED, FLOOR, Call, Case, Job, Rival, Work, assert_close, op, op_missing, require
+from prmfast.bench.case import DERIVED, FLOOR, Call, Case, Job, Rival, Work, assert_close, op, require
 from prmfast.bench.picnn import jitted, to_jax, to_torch
 from prmfast.kernels.candidate_td.candidates import Candidates
 
@@ -285,7 +285,6 @@ def loss_case(dtype: torch.dtype, rows: int, vocabulary: int) -> Case:
         tiny=functools.partial(loss_job, dtype, 2, 40),
         rivals=RIVALS,
         variants=VARIANTS,
-        missing=op_missing("dist_ppo_loss_and_grad"),
     )
 
 
@@ -299,5 +298,4 @@ def linear_case(rows: int, width: int, vocabulary: int) -> Case:
         make=functools.partial(linear_job, rows, width, vocabulary),
         tiny=functools.partial(linear_job, 2, 8, 40),
         rivals=LINEAR_RIVALS,
-        missing=op_missing("linear_dist_ppo_loss"),
     )
