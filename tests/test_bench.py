@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from prmfast.bench import memory, timing
+from prmfast.bench import ceilings, memory, timing
 from prmfast.bench.candidate_td import eager_logsumexp, eager_logsumexp_double, from_padded, same_candidates
 from prmfast.bench.candidate_td import top_candidates as padded
 from prmfast.bench.case import Call, Case, Job, Rival, Unavailable, Work, assert_close
@@ -30,6 +32,25 @@ ROOT = Path(__file__).resolve().parents[1]
 FAST = Options(rivals=("torch eager", "numba"), fast=True)
 CALLS = [case for case in all_cases() if case.size.startswith("call")]
 TINY = [*select(quick=True), *CALLS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> Iterator[None]:
+    """Every measurement collects garbage first: imported modules, which take 0.1 s a time, are left out of that."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Bandwidth and GEMM rates of this process are taken from a megabyte: no test reads them."""
+    for name, value in (("BYTES", 2**20), ("GEMM", 64), ("THIN_ROWS", 64)):
+        monkeypatch.setattr(ceilings, name, value)
+    ceilings._block.cache_clear()
+    yield
+    ceilings._block.cache_clear()
 
 
 def invoke(*arguments: str | Path) -> Any:

@@ -228,8 +228,8 @@ def gemms(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     return run
 
 
-def linear_job(rows: int, width: int, vocabulary: int) -> Job:
-    """linear_candidate_td: from hidden states and lm_head weights."""
+def linear_job(rows: int, width: int, vocabulary: int, kept: tuple[str, ...] = LINEAR_RIVALS) -> Job:
+    """linear_candidate_td: from hidden states and lm_head weights, beside the rivals that are ``kept``."""
     hidden, reward_hidden, weight, reward_weight = inputs.linear(rows, width, vocabulary)
     options = {"policy_weight": weight, "reward_weight": reward_weight, "p_min": P_MIN, "beta": BETA}
 
@@ -252,14 +252,15 @@ def linear_job(rows: int, width: int, vocabulary: int) -> Job:
         same_candidates(out, other, atol=2e-4, loose=True)
 
     size = 4.0 * rows * vocabulary
+    rivals = {
+        "GEMMs alone": Rival(
+            lambda: Call(gemms([(hidden, weight), (reward_hidden, reward_weight)])), FLOOR, 4.0 * rows * CHUNK
+        ),
+        "torch eager": Rival(lambda: Call(eager), extra_bytes=4.3 * size),
+    }
     return Job(
         ours={"": Call(lambda: op("linear_candidate_td")(hidden, reward_hidden, **options))},
-        rivals={
-            "GEMMs alone": Rival(
-                lambda: Call(gemms([(hidden, weight), (reward_hidden, reward_weight)])), FLOOR, 4.0 * rows * CHUNK
-            ),
-            "torch eager": Rival(lambda: Call(eager), extra_bytes=4.3 * size),
-        },
+        rivals={name: rivals[name] for name in kept},
         check=check,
         agree=agree,
         work=Work("gemm", 4.0 * rows * width * vocabulary, "two GEMMs"),
@@ -292,14 +293,14 @@ def logprob_case(dtype: torch.dtype, rows: int, vocabulary: int) -> Case:
     )
 
 
-def linear_case(rows: int, width: int, vocabulary: int) -> Case:
+def linear_case(rows: int, width: int, vocabulary: int, rivals: tuple[str, ...] = LINEAR_RIVALS) -> Case:
     """A case of linear_candidate_td."""
     return Case(
         room="candidate_td",
         op="linear_candidate_td",
         size=f"T={rows} d={width} V={vocabulary}",
         dtype="float32",
-        make=functools.partial(linear_job, rows, width, vocabulary),
-        tiny=functools.partial(linear_job, 2, 8, 40),
-        rivals=LINEAR_RIVALS,
+        make=functools.partial(linear_job, rows, width, vocabulary, rivals),
+        tiny=functools.partial(linear_job, 2, 8, 40, rivals),
+        rivals=rivals,
     )
