@@ -40,11 +40,11 @@ sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
 .SECONDEXPANSION:
 build/sanitize/portable/%_test: tests/cpp/%_test.cpp tests/cpp/check.h $$(wildcard csrc/%/* csrc/common/*)
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) -DPRMFAST_NO_TARGET_CLONES $(wildcard csrc/$*/*_cpu.cpp) $< -o $@
+	$(CXX) $(SANITIZE) -DPRMFAST_NO_TARGET_CLONES $(filter-out %/bind.cpp,$(wildcard csrc/$*/*.cpp)) $< -o $@
 
 build/sanitize/%_test: tests/cpp/%_test.cpp tests/cpp/check.h $$(wildcard csrc/%/* csrc/common/*)
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) $(wildcard csrc/$*/*_cpu.cpp) $< -o $@
+	$(CXX) $(SANITIZE) $(filter-out %/bind.cpp,$(wildcard csrc/$*/*.cpp)) $< -o $@
 
 bench: bench-kernels  ## the benchmarks behind the README's tables: real traces (TRACES=...), then the synthetic law
 	$(BIN)/python -m benchmarks.calibration_real $(TRACES) --output benchmarks/results/calibration_real.json

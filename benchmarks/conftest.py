@@ -101,9 +101,6 @@ def time_contestant(request: pytest.FixtureRequest, contestant: Any, made: Made)
         return call
 
     def run() -> None:
-        reason = case.missing()
-        if reason is not None:
-            pytest.skip(f"{case.op}: {reason}")
         call = call_of(*made.of(case))
         benchmark = request.getfixturevalue("benchmark")
         benchmark.group = case.name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prmfast.bench import inputs
-from prmfast.bench.case import FLOOR, Call, Case, Job, Rival, Work, assert_close, op, op_missing, require
+from prmfast.bench.case import FLOOR, Call, Case, Job, Rival, Work, assert_close, op, require
 from prmfast.bench.picnn import compiled, jitted, to_jax, to_torch
 from prmfast.kernels.candidate_td.candidates import Candidates
 
@@ -228,8 +228,8 @@ def gemms(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     return run
 
 
-def linear_job(rows: int, width: int, vocabulary: int) -> Job:
-    """linear_candidate_td: from hidden states and lm_head weights."""
+def linear_job(rows: int, width: int, vocabulary: int, kept: tuple[str, ...] = LINEAR_RIVALS) -> Job:
+    """linear_candidate_td: from hidden states and lm_head weights, beside the rivals that are ``kept``."""
     hidden, reward_hidden, weight, reward_weight = inputs.linear(rows, width, vocabulary)
     options = {"policy_weight": weight, "reward_weight": reward_weight, "p_min": P_MIN, "beta": BETA}
 
@@ -252,14 +252,15 @@ def linear_job(rows: int, width: int, vocabulary: int) -> Job:
         same_candidates(out, other, atol=2e-4, loose=True)
 
     size = 4.0 * rows * vocabulary
+    rivals = {
+        "GEMMs alone": Rival(
+            lambda: Call(gemms([(hidden, weight), (reward_hidden, reward_weight)])), FLOOR, 4.0 * rows * CHUNK
+        ),
+        "torch eager": Rival(lambda: Call(eager), extra_bytes=4.3 * size),
+    }
     return Job(
         ours={"": Call(lambda: op("linear_candidate_td")(hidden, reward_hidden, **options))},
-        rivals={
-            "GEMMs alone": Rival(
-                lambda: Call(gemms([(hidden, weight), (reward_hidden, reward_weight)])), FLOOR, 4.0 * rows * CHUNK
-            ),
-            "torch eager": Rival(lambda: Call(eager), extra_bytes=4.3 * size),
-        },
+        rivals={name: rivals[name] for name in kept},
         check=check,
         agree=agree,
         work=Work("gemm", 4.0 * rows * width * vocabulary, "two GEMMs"),
@@ -276,7 +277,6 @@ def candidates_case(dtype: torch.dtype, rows: int, vocabulary: int) -> Case:
         make=functools.partial(candidates_job, dtype, rows, vocabulary),
         tiny=functools.partial(candidates_job, dtype, 2, 40),
         rivals=RIVALS,
-        missing=op_missing("candidate_td"),
     )
 
 
@@ -290,19 +290,17 @@ def logprob_case(dtype: torch.dtype, rows: int, vocabulary: int) -> Case:
         make=functools.partial(logprob_job, dtype, rows, vocabulary),
         tiny=functools.partial(logprob_job, dtype, 2, 40),
         rivals=LOGPROB_RIVALS,
-        missing=op_missing("token_logprob"),
     )
 
 
-def linear_case(rows: int, width: int, vocabulary: int) -> Case:
+def linear_case(rows: int, width: int, vocabulary: int, rivals: tuple[str, ...] = LINEAR_RIVALS) -> Case:
     """A case of linear_candidate_td."""
     return Case(
         room="candidate_td",
         op="linear_candidate_td",
         size=f"T={rows} d={width} V={vocabulary}",
         dtype="float32",
-        make=functools.partial(linear_job, rows, width, vocabulary),
-        tiny=functools.partial(linear_job, 2, 8, 40),
-        rivals=LINEAR_RIVALS,
-        missing=op_missing("linear_candidate_td"),
+        make=functools.partial(linear_job, rows, width, vocabulary, rivals),
+        tiny=functools.partial(linear_job, 2, 8, 40, rivals),
+        rivals=rivals,
     )

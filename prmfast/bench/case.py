@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -46,11 +46,15 @@ class Rival:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the job must do at least, in the unit of one ceiling of `prmfast.bench.ceilings`, and where it came from."""
+    """What the job must do at least, in the unit of one ceiling of `prmfast.bench.ceilings`, and where it came from.
+
+    avoidable: it is the work of evaluating the formula as it stands, and ours may do less: shares above 1 can occur.
+    """
 
     ceiling: str  # read | copy | gemm | none
     amount: float = 0.0  # bytes, or floating-point operations
     note: str = ""
+    avoidable: bool = False
 
 
 @dataclass(slots=True)
@@ -71,18 +75,12 @@ class Job:
     buffers: tuple[Tensor, ...] = ()
 
 
-def always() -> None:
-    """Nothing is missing."""
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
     """A job that can be made.
 
     tiny: makes the same job at a size that runs in microseconds, to load code before memory is measured.
     quick: part of ``--quick``. table: part of the README. scaling: part of ``--scaling``.
-    missing: why the op cannot run here, or None.
     """
 
     room: str
@@ -96,7 +94,6 @@ class Case:
     quick: bool = False
     table: bool = False
     scaling: bool = False
-    missing: Callable[[], str | None] = field(default=always)
 
     @property
     def name(self) -> str:
@@ -124,17 +121,6 @@ def op(name: str) -> Callable[..., Any]:
 
     found: Callable[..., Any] = getattr(ops, name)
     return found
-
-
-def op_missing(name: str) -> Callable[[], str | None]:
-    """A check that ``prmfast.ops`` has the op ``name`` and that its compiled backend runs."""
-
-    def missing() -> str | None:
-        from prmfast import ops
-
-        return None if hasattr(ops, name) else "not built"
-
-    return missing
 
 
 def assert_close(name: str, got: Tensor, truth: Tensor, *, rtol: float, atol: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prmfast.bench import inputs
 from prmfast.bench.candidate_td import CHUNK, eager_logsumexp
-from prmfast.bench.case import DERIVED, FLOOR, Call, Case, Job, Rival, Work, assert_close, op, op_missing, require
+from prmfast.bench.case import DERIVED, FLOOR, Call, Case, Job, Rival, Work, assert_close, op, require
 from prmfast.bench.picnn import jitted, to_jax, to_torch
 from prmfast.kernels.candidate_td.candidates import Candidates
 
@@ -208,8 +208,8 @@ def three_gemms(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
     return run
 
 
-def linear_job(rows: int, width: int, vocabulary: int) -> Job:
-    """linear_dist_ppo_loss forward and backward, to the hidden states and the weight."""
+def linear_job(rows: int, width: int, vocabulary: int, kept: tuple[str, ...] = LINEAR_RIVALS) -> Job:
+    """linear_dist_ppo_loss forward and backward, to hidden states and weight, beside the rivals that are ``kept``."""
     old_hidden, hidden, old_weight, weight = inputs.linear(rows, width, vocabulary)
     found = []
     for part in old_hidden.split(64):
@@ -257,17 +257,18 @@ def linear_job(rows: int, width: int, vocabulary: int) -> Job:
             assert_close(name, theirs, mine, rtol=0, atol=1e-3 * float(mine.abs().max()))
 
     size = 4.0 * rows * vocabulary
+    rivals = {
+        "GEMMs alone": Rival(
+            lambda: Call(three_gemms(hidden.detach(), weight.detach())), FLOOR, 4.0 * width * (rows + vocabulary)
+        ),
+        "torch eager": Rival(
+            lambda: Call(lambda: forward_backward(lambda: loss_by_logsumexp(hidden @ weight.T, *flat))),
+            extra_bytes=3.3 * size,
+        ),
+    }
     return Job(
         ours={"": Call(ours)},
-        rivals={
-            "GEMMs alone": Rival(
-                lambda: Call(three_gemms(hidden.detach(), weight.detach())), FLOOR, 4.0 * width * (rows + vocabulary)
-            ),
-            "torch eager": Rival(
-                lambda: Call(lambda: forward_backward(lambda: loss_by_logsumexp(hidden @ weight.T, *flat))),
-                extra_bytes=3.3 * size,
-            ),
-        },
+        rivals={name: rivals[name] for name in kept},
         check=check,
         agree=agree,
         work=Work("gemm", 6.0 * rows * width * vocabulary, "three GEMMs; a fourth makes the logits again"),
@@ -285,19 +286,17 @@ def loss_case(dtype: torch.dtype, rows: int, vocabulary: int) -> Case:
         tiny=functools.partial(loss_job, dtype, 2, 40),
         rivals=RIVALS,
         variants=VARIANTS,
-        missing=op_missing("dist_ppo_loss_and_grad"),
     )
 
 
-def linear_case(rows: int, width: int, vocabulary: int) -> Case:
+def linear_case(rows: int, width: int, vocabulary: int, rivals: tuple[str, ...] = LINEAR_RIVALS) -> Case:
     """A case of linear_dist_ppo_loss."""
     return Case(
         room="dist_ppo",
         op="linear_dist_ppo_loss",
         size=f"T={rows} d={width} V={vocabulary}",
         dtype="float32",
-        make=functools.partial(linear_job, rows, width, vocabulary),
-        tiny=functools.partial(linear_job, 2, 8, 40),
-        rivals=LINEAR_RIVALS,
-        missing=op_missing("linear_dist_ppo_loss"),
+        make=functools.partial(linear_job, rows, width, vocabulary, rivals),
+        tiny=functools.partial(linear_job, 2, 8, 40, rivals),
+        rivals=rivals,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prmfast.bench import inputs
-from prmfast.bench.case import DERIVED, Call, Case, Job, Rival, Work, assert_close, op_missing, require
+from prmfast.bench.case import DERIVED, Call, Case, Job, Rival, Work, assert_close, require
 from prmfast.bench.ias_numba import numba_allocate, numba_budget, numba_curve
 from prmfast.bench.picnn import compiled, jitted, to_jax, to_torch
 
@@ -287,7 +287,6 @@ def budget_case(rows: int, columns: int, checked: int = 0) -> Case:
         make=functools.partial(budget_job, rows, columns, checked),
         tiny=functools.partial(budget_job, 3, 4, 0),
         rivals=BUDGET_RIVALS,
-        missing=op_missing("ias_budget"),
     )
 
 
@@ -301,7 +300,6 @@ def curve_case(rows: int, columns: int) -> Case:
         make=functools.partial(curve_job, rows, columns),
         tiny=functools.partial(curve_job, 3, 4),
         rivals=CURVE_RIVALS,
-        missing=op_missing("ias_curve"),
     )
 
 
@@ -315,5 +313,4 @@ def allocate_case(rows: int, columns: int, total: int) -> Case:
         make=functools.partial(allocate_job, rows, columns, total),
         tiny=functools.partial(allocate_job, 3, 4, 8),
         rivals=ALLOCATE_RIVALS,
-        missing=op_missing("ias_allocate"),
     )

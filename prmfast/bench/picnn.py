@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prmfast.bench import inputs
-from prmfast.bench.case import Call, Case, Job, Rival, Work, assert_close, op_missing, require
+from prmfast.bench.case import Call, Case, Job, Rival, Work, assert_close, require
 from prmfast.kernels.picnn.params import CoefficientLayout, PicnnParams
 
 SLOPE = 0.2
+FEWEST_POINTS = 25  # an interpolated row has so many or more
 SLICE = 16  # contexts that are compared with float64
 RIVALS = ("torch eager", "torch.compile", "jax.jit")
+STEP_VARIANTS = ("", "autograd")  # picnn_step as a fit calls it; picnn_map under torch.autograd
 
 
 def coefficient_rows(params: PicnnParams, context: Tensor) -> Tensor:
@@ -137,6 +139,11 @@ def _flops(rows: int, points: int, encoder: bool = True) -> float:
     return 2.0 * rows * (2 * points * layers + context)
 
 
+def _interpolated(activation: str, count: int) -> bool:
+    """Whether picnn_map may evaluate fewer points than there are levels."""
+    return activation == "softplus" and count > FEWEST_POINTS
+
+
 def map_job(activation: str, rows: int, count: int, hidden: int = inputs.HIDDEN) -> Job:
     """picnn_map of ``rows`` contexts at one row of ``count`` levels."""
     from dataclasses import replace
@@ -194,7 +201,9 @@ def map_job(activation: str, rows: int, count: int, hidden: int = inputs.HIDDEN)
         },
         check=check,
         agree=agree,
-        work=Work("gemm", _flops(rows, count), "dual numbers at every level"),
+        work=Work(
+            "gemm", _flops(rows, count), "dual numbers at every level", avoidable=_interpolated(activation, count)
+        ),
     )
 
 
@@ -203,7 +212,10 @@ def _step_losses(value: Any, gradient: Any, target: Any) -> Any:
 
 
 def step_job(rows: int) -> Job:
-    """Forward and backward of a loss on (value, gradient), one level per row, to every parameter of a calibrator."""
+    """Forward and backward of a loss on (value, gradient), one level per row, to every parameter of a calibrator.
+
+    Nobody asks for the gradient to the hidden states or to the levels, as in a fit.
+    """
     from prmfast.ops import picnn_map
 
     model = inputs.picnn_model()
@@ -233,6 +245,12 @@ def step_job(rows: int) -> Job:
     def step(function: Callable[..., Any]) -> Any:
         loss = function(leaves, context, levels, target)
         return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    def without_autograd() -> Any:
+        taken = model.step(context, levels)
+        grad_value, grad_gradient = 0.2 * taken.value / rows, 2 * (taken.gradient - target) / rows
+        model.take(taken.backward(grad_value=grad_value, grad_gradient=grad_gradient))
+        return (_step_losses(taken.value, taken.gradient, target), *(p.grad for p in model.parameters()))
 
     def in_torch_compile() -> Call:
         torch._dynamo.reset()
@@ -273,7 +291,10 @@ def step_job(rows: int) -> Job:
 
     work = 3 * _flops(rows, 1) - 2.0 * rows * inputs.HIDDEN * inputs.ENCODER[0]  # no gradient to the hidden states
     return Job(
-        ours={"": Call(lambda: step(functools.partial(loss_by, picnn_map)))},
+        ours={
+            "": Call(without_autograd),
+            "autograd": Call(lambda: step(functools.partial(loss_by, picnn_map))),
+        },
         rivals={
             "torch eager": Rival(lambda: Call(lambda: step(functools.partial(loss_by, dual_numbers)))),
             "torch.compile": Rival(in_torch_compile),
@@ -295,7 +316,6 @@ def map_case(activation: str, rows: int, count: int, hidden: int = inputs.HIDDEN
         make=functools.partial(map_job, activation, rows, count, hidden),
         tiny=functools.partial(map_job, activation, 2, 3),
         rivals=RIVALS,
-        missing=op_missing("picnn_map"),
     )
 
 
@@ -309,5 +329,5 @@ def step_case(rows: int) -> Case:
         make=functools.partial(step_job, rows),
         tiny=functools.partial(step_job, 2),
         rivals=RIVALS,
-        missing=op_missing("picnn_map"),
+        variants=STEP_VARIANTS,
     )

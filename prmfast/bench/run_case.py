@@ -41,9 +41,6 @@ def run_case(case: Case, options: Options) -> list[Row]:
     """The rows of ``case``, one per variant of ours. Never raises for what a rival does."""
     torch.set_num_threads(options.threads)
     about = _about(case, options)
-    reason = case.missing()
-    if reason is not None:
-        return [about | {"variant": variant, "status": reason} for variant in case.variants]
     tiny = case.tiny()
     for call in tiny.ours.values():
         _once(call)
@@ -183,6 +180,7 @@ def _share(job: Job, mine: timing.Samples, samples: Mapping[str, timing.Samples]
         "unit": ceilings.UNITS[work.ceiling],
         "work": work.amount,
         "counted": work.note,
+        "avoidable": work.avoidable,
         "rate": timing.spread([rate / 1e9 for rate in rates]),
         "share": timing.spread(shares),
     }

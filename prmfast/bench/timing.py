@@ -15,9 +15,10 @@ MIN_SAMPLE = 0.01  # seconds that one sample lasts at least, by repeating short 
 ROUNDS = 9
 MORE_ROUNDS = 15  # where a round takes less than SHORT_ROUND seconds
 SHORT_ROUND = 0.5
+FEW_ROUNDS = 5  # enough for quartiles; also where that exceeds the budget
 FEWEST_ROUNDS = 3
-LONG_CALL = 5.0  # seconds: such a call gets fewer rounds
-BUDGET = 20.0  # seconds that the rounds of one case may take
+LONG_CALL = 5.0  # seconds: a case with such a call gets the fewest rounds
+BUDGET = 20.0  # seconds that the rounds of one case should take
 
 
 @dataclass(slots=True)
@@ -92,10 +93,9 @@ def interleave(
     if rounds is None:
         one_round = sum(repeats[name] * seconds[name] for name in calls)
         rounds = MORE_ROUNDS if one_round < SHORT_ROUND else ROUNDS
+        rounds = max(FEW_ROUNDS, min(rounds, int(budget / one_round)))
         if max(seconds.values()) > LONG_CALL:
             rounds = FEWEST_ROUNDS
-        elif one_round * rounds > budget:
-            rounds = 7
     out = {name: Samples() for name in calls}
     collecting = gc.isenabled()
     gc.collect()

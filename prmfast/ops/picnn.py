@@ -354,6 +354,7 @@ class PicnnStep(NamedTuple):
     gradient: Tensor
     pull_back: Callable[[Tensor, Tensor, bool], PicnnGradients]
 
+    @torch.no_grad()
     def backward(
         self, *, grad_value: Tensor | None = None, grad_gradient: Tensor | None = None, context_gradient: bool = False
     ) -> PicnnGradients:

@@ -133,6 +133,7 @@ def test_step_is_autograd_of_the_map(backend: str, rows: int) -> None:
         wz, linears = truth[2 : 2 + len(params.wz)], truth[2 + len(params.wz) :]
         assert found.context is not None
         ours = (found.context, found.levels, *found.wz, *found.linears)
+        assert not any(t.requires_grad for t in ours)
         for a, b in zip(ours, (*truth[:2], *wz, *linears), strict=True):
             torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
     assert step.backward(grad_value=by_value).context is None
