@@ -13,7 +13,6 @@
 #endif
 
 #include "common/simd.h"
-#include "common/vec.h"
 
 namespace prmfast {
 

@@ -7,7 +7,7 @@
 #include <memory>
 #include <new>
 
-#include "common/vec.h"
+#include "common/simd.h"
 
 namespace prmfast {
 
@@ -75,7 +75,14 @@ PRMFAST_INLINE void transpose(Lanes<T>* rows) {
   }
 }
 
-// n uninitialised vectors, aligned.
+template <class T>
+PRMFAST_INLINE T sum(Lanes<T> v) {
+  T total = 0;
+  for (int i = 0; i < kWidth<T>; ++i) total += v[i];
+  return total;
+}
+
+// n vectors, aligned (std::vector drops the alignment that a vector type carries as an attribute); uninitialised.
 template <class T>
 class LaneBuffer {
  public:

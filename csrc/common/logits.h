@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/vec.h"
+#include "common/simd.h"
 
 namespace prmfast {
 

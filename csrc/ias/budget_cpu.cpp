@@ -329,7 +329,7 @@ class WaveSearch {
   int width_;
   unsigned (*search_)(const Task&, const Rows&, void*, int32_t*);
   int64_t stride_;
-  VecBuffer<double> scratch_;  // for its alignment: vectors of floats
+  LaneBuffer<double> scratch_;  // for its alignment: vectors of floats
   std::vector<float> staged_;
   ExactSearch<T> exact_;
   float above_[kWidest], below_[kWidest];

@@ -215,7 +215,7 @@ PRMFAST_MULTIVERSION void curve_narrow(const Rows<kNarrow, double>& rows, void* 
 
 template <int L, class T, class Run>
 void curve_range(const Quantiles<T>& quantiles, int64_t n_max, int64_t begin, int64_t end, T* out, FirstNan* nan, const Run& run) {
-  VecBuffer<double> scratch(sizeof(Scratch<L>) / sizeof(Lanes));
+  LaneBuffer<double> scratch(sizeof(Scratch<L>) / sizeof(Lanes));
   std::vector<double> starts(n_max > kSpan ? quantiles.columns * L : 0);
   for (int64_t row = begin; row < end; row += L) {
     Rows<L, T> rows;

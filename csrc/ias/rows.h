@@ -6,21 +6,13 @@
 #include <cstring>
 #include <limits>
 
-#include "common/simd.h"
-#include "common/vec.h"
+#include "common/lanes.h"
 #include "ias/ias.h"
 
 namespace prmfast::ias {
 
-using Lanes = Vec<double>;
-
-PRMFAST_INLINE Lanes load(const double* p) {
-  Lanes v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-PRMFAST_INLINE void store(double* p, const Lanes& v) { std::memcpy(p, &v, sizeof v); }
+using Lanes = prmfast::Lanes<double>;
+constexpr int kLanes = kWidth<double>;
 
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
