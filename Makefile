@@ -46,13 +46,16 @@ build/sanitize/%_test: tests/cpp/%_test.cpp tests/cpp/check.h $$(wildcard csrc/%
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZE) $(filter-out %/bind.cpp,$(wildcard csrc/$*/*.cpp)) $< -o $@
 
+# What the kernels are compared with: not part of the environment that tests and demos need.
+INSTALL_RIVALS := $(BIN)/python -m pip install -c constraints.txt -e ".[bench]" --no-build-isolation
+
 bench: bench-kernels  ## the benchmarks behind the README's tables: real traces (TRACES=...), then the synthetic law
 	$(BIN)/python -m benchmarks.calibration_real $(TRACES) --output benchmarks/results/calibration_real.json
 	$(BIN)/python -m benchmarks.replay_real $(TRACES) --output benchmarks/results/replay_real.json
 	$(BIN)/python -m benchmarks.calibration_synthetic
 
 bench-kernels: $(READY)  ## every op beside its rivals at full size, then on two threads (half an hour)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]" --no-build-isolation
+	$(INSTALL_RIVALS)
 	$(BIN)/prmfast bench --output benchmarks/results/kernels_cpu.json
 	$(BIN)/prmfast bench --scaling --threads 2 --output benchmarks/results/kernels_cpu.json
 
@@ -74,6 +77,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@touch $@
 
 constraints: $(READY)  ## rewrites the pins of constraints.txt from what is installed
+	$(INSTALL_RIVALS)
 	sed -n '/^#/p' constraints.txt > constraints.new
 	$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+cpu$$//' | grep '==' | LC_ALL=C sort -f >> constraints.new
 	mv constraints.new constraints.txt

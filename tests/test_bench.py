@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from prmfast.bench import ceilings, memory, timing
+from prmfast.bench import ceilings, memory, picnn, table, timing
 from prmfast.bench.candidate_td import eager_logsumexp, eager_logsumexp_double, from_padded, same_candidates
 from prmfast.bench.candidate_td import top_candidates as padded
 from prmfast.bench.case import Call, Case, Job, Rival, Unavailable, Work, assert_close
@@ -235,6 +235,14 @@ def test_threads_reach_every_library() -> None:
     assert {one[name] for name in names} == {"1"}
     assert one["XLA_FLAGS"] == "--keep=1 --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     assert environment(2, {})["XLA_FLAGS"] == "intra_op_parallelism_threads=2"
+
+
+def test_a_share_above_one_says_what_it_is_a_share_of() -> None:
+    ceiling = {"kind": "gemm", "share": {"median": 1.5}, "avoidable": True}
+    assert table.share({"ceiling": ceiling}) == "150% of gemm, direct evaluation equivalent"
+    assert table.share({"ceiling": ceiling | {"avoidable": False}}) == "150% of gemm"
+    direct, many = (picnn.map_job("softplus", 2, count, 8).work for count in (11, 100))
+    assert (direct.avoidable, many.avoidable) == (False, True)
 
 
 def test_results_replace_rows_of_the_same_case_and_forget_old_runs(tmp_path: Path) -> None:
