@@ -9,7 +9,7 @@
 namespace prmfast {
 
 constexpr int64_t kBlock = 64;     // logits a step: four independent sums
-constexpr int64_t kAhead = 2048;   // bytes; the hardware prefetcher stops at the page, and two streams halve its reach
+constexpr int64_t kAhead = 4096;   // bytes; the hardware prefetcher stops at the page, and two streams halve its reach
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class S>
