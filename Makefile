@@ -33,6 +33,7 @@ lint: $(READY)  ## ruff, mypy, import-linter
 CPP_TESTS := $(basename $(notdir $(wildcard tests/cpp/*_test.cpp)))
 SANITIZE := -std=c++17 -Icsrc -Wall -Wextra -Wno-psabi -Werror -O1 -g1 -fopenmp -fno-math-errno -fno-trapping-math \
 	-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all
+ROOM = $(filter-out %/bind.cpp,$(wildcard csrc/$1/*.cpp csrc/common/*.cpp))
 sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers; needs a compiler only
 	$(MAKE) --no-print-directory -j 2 $(CPP_TESTS:%=build/sanitize/%) $(CPP_TESTS:%=build/sanitize/portable/%)
 	for test in $(CPP_TESTS:%=build/sanitize/%) $(CPP_TESTS:%=build/sanitize/portable/%); do echo $$test && OMP_NUM_THREADS=3 $$test || exit 1; done
@@ -40,11 +41,11 @@ sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
 .SECONDEXPANSION:
 build/sanitize/portable/%_test: tests/cpp/%_test.cpp tests/cpp/check.h $$(wildcard csrc/%/* csrc/common/*)
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) -DPRMFAST_NO_TARGET_CLONES $(filter-out %/bind.cpp,$(wildcard csrc/$*/*.cpp)) $< -o $@
+	$(CXX) $(SANITIZE) -DPRMFAST_NO_TARGET_CLONES $(call ROOM,$*) $< -o $@
 
 build/sanitize/%_test: tests/cpp/%_test.cpp tests/cpp/check.h $$(wildcard csrc/%/* csrc/common/*)
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) $(filter-out %/bind.cpp,$(wildcard csrc/$*/*.cpp)) $< -o $@
+	$(CXX) $(SANITIZE) $(call ROOM,$*) $< -o $@
 
 # What the kernels are compared with: not part of the environment that tests and demos need.
 INSTALL_RIVALS := $(BIN)/python -m pip install -c constraints.txt -e ".[bench]" --no-build-isolation

@@ -7,11 +7,11 @@
 #include <utility>
 #include <vector>
 
+#include "common/log_sum.h"
 #include "common/logits.h"
 
 namespace prmfast::candidate_td {
 
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 constexpr double kTouch = 1e-5;  // log p >= log p_min - kTouch counts as p >= p_min
 
 enum class Dtype { float32, float64, bfloat16, float16 };
@@ -22,8 +22,6 @@ struct Logits {
   int64_t stride;  // between rows, in elements
 };
 
-enum class Fault { none, nan, positive_infinity, only_negative_infinity };
-
 struct Invalid {
   int64_t row = -1;  // the first one, -1 if every row is fine
   bool policy = true;
@@ -32,30 +30,6 @@ struct Invalid {
 
 struct Options {
   double p_min, beta, policy_temperature, reward_temperature;
-};
-
-// Running log-sum-exp of a row: a sum of 2^((x - reference) * scale), where scale is log2(e) / temperature. The reference is a logit near the largest so far and is
-// replaced only when a later one exceeds it by a factor of 16.
-class LogSum {
- public:
-  // Takes in the next n logits, a few thousand at most; returns their maximum, rounded down if at all.
-  template <class S>
-  double add(const S* x, int64_t n, double scale);
-
-  double reference() const { return reference_; }
-  bool started() const { return started_; }
-  Fault fault() const { return fault_ == Fault::none && !started_ ? Fault::only_negative_infinity : fault_; }
-  double log2_sum() const;                                    // of 2^((x - reference) * scale)
-  double log2_p(double x, double scale) const { return (x - reference_) * scale - log2_sum(); }
-  double logit_of(double log2_p, double scale) const;         // the logit of this log-probability, as of now
-
- private:
-  template <class S>
-  void find_fault(const S* x, int64_t n);
-
-  double sum_ = 0, reference_ = 0;
-  bool started_ = false;
-  Fault fault_ = Fault::none;
 };
 
 struct Slot {

@@ -4,7 +4,7 @@
 
 namespace prmfast::candidate_td {
 
-constexpr int64_t kChunk = 2048;      // logits a step: float32 chunks of two rows stay in the first-level cache
+constexpr int64_t kChunk = LogSum::kChunk;
 constexpr int64_t kWorkPerLogit = 3;  // for thread_count: its unit is a scalar operation, of which a vector does many
 
 template <class Use>

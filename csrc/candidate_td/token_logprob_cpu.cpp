@@ -4,14 +4,12 @@
 
 #include "candidate_td/candidate_td.h"
 #include "candidate_td/dispatch.h"
-#include "candidate_td/sweep.h"
 #include "common/flush_denormals.h"
 #include "common/parallel_for.h"
+#include "common/sweep.h"
 
 namespace prmfast::candidate_td {
 namespace {
-
-constexpr int64_t kStreamBytes = int64_t{4} << 20;  // a gradient beyond this leaves the second-level cache before it is read
 
 template <class S>
 LogSum log_sum_of(const S* x, int64_t columns, double scale) {
@@ -21,11 +19,9 @@ LogSum log_sum_of(const S* x, int64_t columns, double scale) {
 }
 
 template <class S>
-void backward_row(const S* x, int64_t columns, double temperature, int64_t id, const Norm& norm, double grad, S* out, bool stream) {
+void backward_row(const S* x, int64_t columns, double temperature, int64_t id, const Norm& norm, double grad, S* out) {
   const double factor = -grad / temperature * std::exp(-norm.log_sum);
-  slopes(x, columns, static_cast<Real<S>>(kLog2e / temperature), static_cast<Real<S>>(norm.reference), static_cast<Real<S>>(factor),
-         out, stream);
-  if (stream) finish_streaming();
+  slopes(x, columns, static_cast<Real<S>>(kLog2e / temperature), static_cast<Real<S>>(norm.reference), factor, out);
   const double p = std::exp((widen1(x + id) - norm.reference) / temperature - norm.log_sum);
   store1(out + id, grad / temperature * (1 - p));
 }
@@ -61,9 +57,8 @@ void token_logprob_backward(const Logits& logits, int64_t rows, int64_t columns,
       with_row(logits, t, [&](auto* x) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
         S* row = static_cast<S*>(out) + t * columns;
-        const bool stream = rows * columns * static_cast<int64_t>(sizeof(S)) > kStreamBytes;
         if (grad[t] == 0) std::fill(row, row + columns, S{});
-        else backward_row(x, columns, temperature, ids[t], norm[t], grad[t], row, stream);
+        else backward_row(x, columns, temperature, ids[t], norm[t], grad[t], row);
       });
     }
   });

@@ -71,11 +71,13 @@ void bind(py::module_& m) {
   m.def("absorb_block", [](const View& block, int64_t first, const Spans& spans, double temperature, Address reference,
                            Address sum, Address entry_logits, int threads) {
     py::gil_scoped_release release;
-    absorb_block(rows<const float>(block), first, entries(spans), temperature, at<float>(reference), at<double>(sum),
+    absorb_block(rows<const float>(block), first, entries(spans), temperature, at<double>(reference), at<double>(sum),
                  at<float>(entry_logits), threads);
   });
-  m.def("finish_blocks", [](Address reference, Address sum, int64_t rows, double temperature, Address lse) {
-    return finish_blocks(at<const float>(reference), at<const double>(sum), rows, temperature, at<double>(lse));
+  m.def("finish_blocks", [](Address reference, Address sum, int64_t rows, const Spans& spans, Address entry_logits, double temperature,
+                            Address lse) {
+    finish_blocks(at<const double>(reference), at<const double>(sum), rows, entries(spans), at<const float>(entry_logits), temperature,
+                  at<double>(lse));
   });
   m.def("differentiate_block", [](const View& block, int64_t first, const Spans& spans, Address lse, Address coefficients,
                                   double temperature, int threads) {

@@ -45,14 +45,14 @@ template <class S>
 double loss_and_gradient(const Rows<const S>& logits, const Entries& entries, const Objective& objective, double* lse,
                          double* coefficients, const Rows<S>& out, int threads);
 
-// A block of columns first .. first + columns of the logits: (reference, sum) of every row goes on from where the last block
-// left it, starting at (0, 0); logits of entries within the block go to entry_logits.
-void absorb_block(const Rows<const float>& block, int64_t first, const Entries& entries, double temperature, float* reference,
+// A block of columns first .. first + columns of the logits: (reference, sum) of every row's tokens that are no candidates goes on
+// from where the last block left it, starting at (0, 0); logits of entries within the block go to entry_logits.
+void absorb_block(const Rows<const float>& block, int64_t first, const Entries& entries, double temperature, double* reference,
                   double* sum, float* entry_logits, int threads);
 
-// lse of the rows after the last block. It holds for logits divided by the temperature that is returned, which differs from
-// the given one by a rounding.
-double finish_blocks(const float* reference, const double* sum, int64_t rows, double temperature, double* lse);
+// lse of the rows after the last block.
+void finish_blocks(const double* reference, const double* sum, int64_t rows, const Entries& entries, const float* entry_logits,
+                   double temperature, double* lse);
 
 // The block turned into its part of d loss / d logits, in place.
 void differentiate_block(const Rows<float>& block, int64_t first, const Entries& entries, const double* lse,

@@ -6,13 +6,16 @@
 #include <utility>
 
 #include "candidate_td/candidate_td.h"
-#include "candidate_td/sweep.h"
 #include "check.h"
+#include "common/sweep.h"
 
 using namespace prmfast::candidate_td;
 using namespace prmfast::test;
 using prmfast::BFloat16;
+using prmfast::Fault;
 using prmfast::Float16;
+using prmfast::store1;
+using prmfast::widen1;
 
 namespace {
 

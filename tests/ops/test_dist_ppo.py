@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def truth(logits: Tensor, candidates: Candidates, **options: Any) -> tuple[Tenso
 def assert_gradient(found: Tensor, expected: Tensor, slack: float = 1e-14, left: float = 0.0) -> None:
     """Within one rounding of the dtype, and float32 arithmetic (float64: ``slack``) of the row's largest entry.
 
-    ``left`` is what rounding may leave of g (1 - p) where p is nearly 1.
+    ``left`` is what float64 rounding may leave of g (1 - p) where p is nearly 1.
     """
     step = {torch.float64: slack, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[found.dtype]
     noise = 2.0**-24 if found.dtype == torch.float16 else 1e-12 + left  # half a float16 step; what is left of g - g
@@ -88,7 +88,7 @@ def assert_loss(found: Tensor, expected: Tensor, candidates: Candidates, weight:
     rows = len(candidates.offsets) - 1
     weight = torch.full((rows,), 1 / max(rows, 1)) if weight is None else weight
     size = (weight.double()[entry_rows(candidates)] * candidates.policy_logp.exp() * candidates.advantage).abs().sum()
-    tolerance = 1e-13 if found.dtype == torch.float64 else 2e-6
+    tolerance = 1e-13 if found.dtype == torch.float64 else 5e-7
     assert abs(float(found.detach()) - float(expected)) <= tolerance * max(float(size), abs(float(expected)))
 
 
@@ -154,6 +154,7 @@ def test_gradient_goes_where_it_is_wanted(backend: str, dtype: torch.dtype) -> N
 
 
 @settings(max_examples=50, deadline=None)
+@example(rows=3, columns=77, dtype=torch.float16, layout="columns", temperature=0.3, seed=0)
 @given(
     rows=st.integers(0, 6),
     columns=st.integers(1, 90),
@@ -181,11 +182,7 @@ def test_any_shape_dtype_and_layout(
     for backend in BACKENDS:
         found, gradient = dist_ppo_loss_and_grad(logits, candidates, backend=backend, **options)
         assert_loss(found, loss, candidates, weight)
-        left = (
-            0.0
-            if dtype == torch.float64
-            else 1e-6 * float(weight.sum() * candidates.advantage.abs().sum()) / temperature
-        )
+        left = 1e-14 * float(weight.sum() * candidates.advantage.abs().sum()) / temperature
         assert_gradient(gradient, grad, left=left)
 
 

@@ -87,7 +87,7 @@ class _Absorbed:
     def __init__(self, layer: _Layer, spans: _Spans, temperature: float) -> None:
         rows = len(layer.hidden)
         self.spans, self.temperature, self.wide = spans, temperature, layer.dtype == torch.float64
-        self.reference = torch.full((rows,), -torch.inf if self.wide else 0.0, dtype=layer.dtype)
+        self.reference = torch.full((rows,), -torch.inf if self.wide else 0.0, dtype=torch.float64)
         self.sum = torch.zeros(rows, dtype=torch.float64)
         self.entry_logits = torch.zeros(len(spans.token_ids), dtype=layer.dtype)
 
@@ -102,13 +102,15 @@ class _Absorbed:
             _view(block), first, self.spans.addresses(), self.temperature, *held, torch.get_num_threads()
         )
 
-    def finish(self) -> tuple[Tensor, float]:
-        """Log-sum-exp of the rows, and the temperature for which it holds: the extension's is rounded to float32."""
+    def finish(self) -> Tensor:
+        """Log-sum-exp of the rows."""
         if self.wide:
-            return self.reference, self.temperature
+            return self.reference
         lse = torch.empty(len(self.sum), dtype=torch.float64)
-        held = self.reference.data_ptr(), self.sum.data_ptr(), len(lse), self.temperature, lse.data_ptr()
-        return lse, _C.dist_ppo.finish_blocks(*held)
+        held = self.reference.data_ptr(), self.sum.data_ptr(), len(lse)
+        entry_logits = self.entry_logits.data_ptr()
+        _C.dist_ppo.finish_blocks(*held, self.spans.addresses(), entry_logits, self.temperature, lse.data_ptr())
+        return lse
 
 
 def linear_dist_ppo(
@@ -122,10 +124,8 @@ def linear_dist_ppo(
         for first in layer.firsts():
             absorbed.add(layer.block(layer.part(first)), first)
     lse = torch.zeros(len(hidden), dtype=torch.float64)
-    lse[... if spans.rows is None else spans.rows], temperature = absorbed.finish()
-    loss, coefficients = settle(
-        absorbed.entry_logits, lse, candidates, row_weight, rule._replace(temperature=temperature)
-    )
+    lse[... if spans.rows is None else spans.rows] = absorbed.finish()
+    loss, coefficients = settle(absorbed.entry_logits, lse, candidates, row_weight, rule)
     return loss, lse, coefficients
 
 

@@ -1,15 +1,15 @@
-// Blocks of a chunk: what the portable and the AVX-512 sweep share.
+// Blocks of a row: what the sweeps of all instruction sets share.
 #pragma once
 #include <algorithm>
 #include <limits>
 
-#include "candidate_td/sweep.h"
 #include "common/simd.h"
+#include "common/sweep.h"
 
-namespace prmfast::candidate_td {
+namespace prmfast {
 
 constexpr int64_t kBlock = 64;     // logits a step: four independent sums
-constexpr int64_t kAhead = 2048;   // bytes; the hardware prefetcher stops at the page, and two streams halve its reach
+constexpr int64_t kAhead = 4096;   // bytes; the hardware prefetcher stops at the page, and two streams halve its reach
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class S>
@@ -17,10 +17,6 @@ PRMFAST_INLINE void prefetch_block(const S* x) {
   const char* p = reinterpret_cast<const char*>(x) + kAhead;
   for (int64_t i = 0; i < kBlock * static_cast<int64_t>(sizeof(S)); i += 64) __builtin_prefetch(p + i);
 }
-
-inline float negative_infinity(float) { return -kInfinity; }
-inline BFloat16 negative_infinity(BFloat16) { return {0xff80}; }
-inline Float16 negative_infinity(Float16) { return {0xfc00}; }
 
 // The last n < 64 logits with -inf behind them.
 template <class S>
@@ -41,13 +37,12 @@ PRMFAST_INLINE int64_t reach_each(const S* x, int64_t i, int64_t end, float thre
 }
 
 #if PRMFAST_HAS_ISAS
-bool has_avx512();
-Sweep<float> sweep_avx512(const float* x, int64_t n, float scale, float reference);
-Sweep<float> sweep_avx512(const BFloat16* x, int64_t n, float scale, float reference);
-Sweep<float> sweep_avx512(const Float16* x, int64_t n, float scale, float reference);
-int64_t reach_avx512(const float* x, int64_t n, float threshold, int32_t* out);
-int64_t reach_avx512(const BFloat16* x, int64_t n, float threshold, int32_t* out);
-int64_t reach_avx512(const Float16* x, int64_t n, float threshold, int32_t* out);
+template <class S>
+PRMFAST_AVX512 Sweep<float> sweep_avx512(const S* x, int64_t n, float scale, float reference);
+template <class S>
+PRMFAST_AVX512 int64_t reach_avx512(const S* x, int64_t n, float threshold, int32_t* out);
+template <class S>
+PRMFAST_AVX512 void slopes_avx512(const S* x, int64_t n, float scale, float reference, double factor, S* out);
 #endif
 
-}  // namespace prmfast::candidate_td
+}  // namespace prmfast
