@@ -1,6 +1,6 @@
 // Dual numbers in registers: value and tangent side by side, a row of coefficients in every lane, or a level where rows are few.
 //
-// With softplus the gradient is analytic in the level. A row is then evaluated at 25 or 49 nested Chebyshev-Lobatto points of its
+// With softplus the gradient is analytic in the level. A row is then evaluated at 33 or 65 nested Chebyshev-Lobatto points of its
 // levels' range and interpolated; the trailing coefficients estimate the error, and a row that no rung satisfies is
 // evaluated directly. Every decision is a row's own, so that no row depends on its neighbours.
 #pragma once
@@ -10,15 +10,16 @@
 
 namespace prmfast::picnn {
 
-constexpr int kFinest = 48;  // intervals of the finest rung; the coarser rung takes every second of its points
+constexpr int kFinest = 64;  // intervals of the finest rung; the coarser rung takes every second of its points
 constexpr int kRungs = 2;
-constexpr int kRungOf[kRungs] = {24, 48};  // with 13 points, details between two of them passed unseen
+constexpr int kRungOf[kRungs] = {32, 64};  // with 13 or 25 points, details between two of them could pass unseen
 constexpr int kPoints = kFinest + 1;
-constexpr int kPadded = 64;
+constexpr int kPadded = 80;
+constexpr float kNoise = 2.5e-7f;  // of a row's mean magnitude: what float32 leaves of a coefficient that is zero
 constexpr int kChunk = 128;        // levels whose results wait to be transposed
 constexpr double kWorth = 0.75;    // a rung is tried if it needs at most this share of the direct evaluations
 
-// cos(pi j / 48), and for each rung n the matrix that turns values at its points into Chebyshev coefficients.
+// cos(pi j / 64), and for each rung n the matrix that turns values at its points into Chebyshev coefficients.
 struct Chebyshev {
   Chebyshev() {
     const double pi = std::acos(-1.0);
@@ -99,17 +100,16 @@ struct Tail {
   Number middle, fifth, sixth;
 };
 
-// Whether a series of n + 1 coefficients is cut late enough. Two guesses of what was cut, each from how fast it falls: from the
-// fifth sixth to the last (three times a geometric series of that ratio), and from the middle third to the last (what a further
-// third would add up to, twice). Both have to be allowed: a detail between the points shows as a plateau in one of them. A series
-// that has reached the noise of rounding falls no further: then a whole series of such terms has to be allowed.
+// Whether a series of n + 1 coefficients is cut late enough. If it goes on falling as from its middle third to its last, a further
+// third adds up to at most n last^2 / middle, aliasing included; four times that is asked for. And it must still be falling at its
+// end: a detail between the points shows as a plateau there. What has reached the noise of rounding falls no further.
 template <class Number>
-PRMFAST_INLINE auto cut_late_enough(const Tail<Number>& tail, Number allowed, int n) {
-  const float terms = static_cast<float>(n);
+PRMFAST_INLINE auto cut_late_enough(const Tail<Number>& tail, Number scale, float tolerance, int n) {
+  const float terms = 4.0f * static_cast<float>(n);
   const Number last = tail.fifth > tail.sixth ? tail.fifth : tail.sixth;
-  const auto falls = (tail.sixth < tail.fifth) & (terms * tail.sixth * tail.sixth <= allowed * (tail.fifth - tail.sixth)) &
-                     (last < tail.middle) & (terms * last * last <= allowed * tail.middle);
-  return falls | (2 * terms * last <= allowed);
+  const auto falls = (tail.sixth + tail.sixth <= tail.fifth) & (last + last <= tail.middle) &
+                     (terms * last * last <= tolerance * scale * tail.middle);
+  return falls | (last <= kNoise * scale);
 }
 
 // The range of the levels of a row in every lane.
@@ -156,8 +156,8 @@ PRMFAST_INLINE int interpolate_tile(const Plan<float>& plan, const Options& opti
       Lanes<float>& part = k <= 2 * n / 3 ? tail.middle : k <= 5 * n / 6 ? tail.fifth : tail.sixth;
       part = larger<float>(part, absolute<float>(gradient_coefficient[k]));
     }
-    const Lanes<float> allowed = scale * (static_cast<float>(options.tolerance) / (n + 1));
-    const Lanes<int32_t> now = cut_late_enough(tail, allowed, n) & ~done;
+    scale *= 1.0f / (n + 1);
+    const Lanes<int32_t> now = cut_late_enough(tail, scale, static_cast<float>(options.tolerance), n) & ~done;
     bool some = false, all = true;
     for (int l = 0; l < kWidth<float>; ++l) some = some || now[l], all = all && (now[l] || done[l]);
     if (some) {
@@ -273,7 +273,8 @@ PRMFAST_INLINE int interpolate_row(const Plan<float>& plan, const Options& optio
       float& part = k <= 2 * n / 3 ? tail.middle : k <= 5 * n / 6 ? tail.fifth : tail.sixth;
       part = std::max(part, std::fabs(gradient_series[k]));
     }
-    if (cut_late_enough(tail, scale * (static_cast<float>(options.tolerance) / (n + 1)), n)) {
+    scale *= 1.0f / (n + 1);
+    if (cut_late_enough(tail, scale, static_cast<float>(options.tolerance), n)) {
       series(value_at, value_series);
       return n;
     }

@@ -282,7 +282,7 @@ def picnn_map(
         levels: [M], the same for every row, or [B, M].
         encoder_scale: (), or one [B, w] for each layer of params.encoder, multiplied into its output: dropout masks
             divided by the share that is kept. Not differentiated.
-        tolerance: float32 and softplus: a row with many levels may be evaluated at 25 or 49 Chebyshev points and
+        tolerance: float32 and softplus: a row with many levels may be evaluated at 33 or 65 Chebyshev points and
             interpolated where the estimated error of its gradient is below this times its mean magnitude; 0 never
             interpolates.
         precision: "float32", or "bfloat16" where a result that is 1e-2 off may be had sooner: CPUs with AMX then round
