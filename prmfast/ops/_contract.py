@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,12 @@ class Check:
                 f"{self.op}: {name} must be >= {low}{'' if high is None else f' and <= {high}'}, got {value}"
             )
         return value
+
+    def number(self, name: str, value: object, *, kind: str = "a number") -> float:
+        """A real number; bool is not one."""
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{self.op}: {name} must be {kind}, got {type(value).__name__}")
+        return float(value)
 
     def no_nan(self, name: str, value: Tensor) -> None:
         """No NaN; the error names the first row that has one."""

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 LIBRARY = torch.library.Library("prmfast", "DEF")
+
+
+def once_differentiable(op: str, backward: str) -> None:
+    """A derivative through the op ``backward`` says that ``op`` has only a first one, instead of being none at all."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"{op} is differentiable once, got a second derivative; use the formula on plain tensors"
+        )
+
+    torch.library.register_autograd(f"prmfast::{backward}", refuse, lib=LIBRARY)

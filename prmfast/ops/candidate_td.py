@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.candidate_td.reference import output_dtype
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import Check
-from prmfast.ops._library import LIBRARY
+from prmfast.ops._library import LIBRARY, once_differentiable
 
 _Four = tuple[Tensor, ...]
 
@@ -201,21 +200,12 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, No
     return torch.ops.prmfast.token_logprob_backward(grad, *saved, ctx.temperature, ctx.backend), None, None, None
 
 
-def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
-    raise NotImplementedError(
-        "token_logprob is differentiable once, got a second derivative; use the formula on plain tensors"
-    )
-
-
 torch.library.register_autograd("prmfast::token_logprob", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("prmfast::token_logprob_backward", _no_second_derivative, lib=LIBRARY)
+once_differentiable("token_logprob", "token_logprob_backward")
 
 
 def _numbers(check: Check, **values: object) -> tuple[float, ...]:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{check.op}: {name} must be a number, got {type(value).__name__}")
-    return tuple(float(value) for value in values.values())  # type: ignore[arg-type]
+    return tuple(check.number(name, value) for name, value in values.items())
 
 
 def _check_sampled(check: Check, sampled: Tensor | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from prmfast.kernels.dist_ppo.reference import Rule
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import Check
 from prmfast.ops._dist_ppo_checks import check_all, check_layer, check_out, check_rows
-from prmfast.ops._library import LIBRARY
+from prmfast.ops._library import LIBRARY, once_differentiable
 
 _RULE = "Tensor[] candidates, Tensor? row_weight, float[] rule, str backend"
 _STATE = "Tensor offsets, Tensor token_ids, Tensor lse, Tensor coefficients, float temperature"
@@ -265,29 +264,18 @@ def _linear_derivative(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return d_hidden if wanted[0] else None, d_weight if wanted[1] else None, [None] * 4, None, None, None
 
 
-def _no_second_derivative(name: str) -> Any:
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(
-            f"{name} is differentiable once, got a second derivative; use the formula on plain tensors"
-        )
-
-    return refuse
-
-
 _register = torch.library.register_autograd
 _register("prmfast::dist_ppo", _derivative, setup_context=_setup_context, lib=LIBRARY)
-_register("prmfast::dist_ppo_backward", _no_second_derivative("dist_ppo_loss"), lib=LIBRARY)
+once_differentiable("dist_ppo_loss", "dist_ppo_backward")
 _register("prmfast::linear_dist_ppo", _linear_derivative, setup_context=_linear_setup_context, lib=LIBRARY)
-_register("prmfast::linear_dist_ppo_backward", _no_second_derivative("linear_dist_ppo_loss"), lib=LIBRARY)
+once_differentiable("linear_dist_ppo_loss", "linear_dist_ppo_backward")
 
 
 # --- the public functions
 
 
 def _number(check: Check, name: str, value: object, rule: str, good: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{check.op}: {name} must be a number, got {type(value).__name__}")
-    number = float(value)
+    number = check.number(name, value)
     if not good(number):
         raise ValueError(f"{check.op}: {name} must {rule}, got {value}")
     return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import FLOATS, Check
-from prmfast.ops._library import LIBRARY
+from prmfast.ops._library import LIBRARY, once_differentiable
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -150,22 +149,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.prmfast.ias_curve_backward(grad, quantiles, ctx.backend), None, None
 
 
-def _number(check: Check, target: object) -> float:
-    if type(target) is float:
-        return target
-    if isinstance(target, bool) or not isinstance(target, numbers.Real):
-        raise TypeError(f"{check.op}: target must be a number or a torch.Tensor, got {type(target).__name__}")
-    return float(target)
-
-
-def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
-    raise NotImplementedError(
-        "ias_curve is differentiable once, got a second derivative; use the formula on plain tensors"
-    )
-
-
 torch.library.register_autograd("prmfast::ias_curve", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("prmfast::ias_curve_backward", _no_second_derivative, lib=LIBRARY)
+once_differentiable("ias_curve", "ias_curve_backward")
 
 
 def ias_budget(quantiles: Tensor, target: float | Tensor, n_max: int, *, backend: str = "auto") -> Tensor:
@@ -195,7 +180,9 @@ def ias_budget(quantiles: Tensor, target: float | Tensor, n_max: int, *, backend
     if type(target) is Tensor or isinstance(target, Tensor):
         out = torch.ops.prmfast.ias_budget.default(quantiles, target, n_max, backend)
     else:
-        out = torch.ops.prmfast.ias_budget.number(quantiles, _number(_BUDGET, target), n_max, backend)
+        out = torch.ops.prmfast.ias_budget.number(
+            quantiles, _BUDGET.number("target", target, kind="a number or a torch.Tensor"), n_max, backend
+        )
     return out
 
 

@@ -21,7 +21,7 @@ from prmfast.kernels.picnn.params import (
 from prmfast.kernels.picnn.reference import context_stage
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import FLOATS, Check
-from prmfast.ops._library import LIBRARY
+from prmfast.ops._library import LIBRARY, once_differentiable
 
 _HALVES = (torch.float16, torch.bfloat16)
 _N_OPTIONS = len(LevelOptions._fields)
@@ -217,6 +217,8 @@ def _network_autograd(ctx: Any, grad_value: Tensor, grad_gradient: Tensor, *_: A
 
 torch.library.register_autograd("prmfast::picnn_levels", _levels_autograd, setup_context=_levels_setup, lib=LIBRARY)
 torch.library.register_autograd("prmfast::picnn_network", _network_autograd, setup_context=_network_setup, lib=LIBRARY)
+once_differentiable("picnn_map", "picnn_levels_backward")
+once_differentiable("picnn_map", "picnn_network_backward")
 
 
 class _Call(NamedTuple):

@@ -59,7 +59,7 @@ def test_linear_is_the_formula(
     backend: str, dtype: torch.dtype, columns: int, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend == "cpu":  # several blocks, the last one shorter
-        monkeypatch.setattr("prmfast.ops._cpu.dist_ppo_blocks.BLOCK_BYTES", 9 * 300 * 4)
+        monkeypatch.setattr("prmfast.kernels.dist_ppo.tuning.BLOCK_BYTES", 9 * 300 * 4)
     hidden, weight, candidates = layer(9, columns, 12, dtype, every)
     options = {"temperature": 0.8, "row_weight": torch.linspace(0.5, 30, 9), "dual_clip": 2.0}
     loss, d_hidden, d_weight = linear_truth(hidden, weight, candidates, **options)
@@ -119,7 +119,7 @@ def test_linear_of_strided_inputs_and_clipped_rows(backend: str) -> None:
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_linear_never_holds_the_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmfast.ops._cpu.dist_ppo_blocks.BLOCK_BYTES", 50 * 1000 * 8)
+    monkeypatch.setattr("prmfast.kernels.dist_ppo.tuning.BLOCK_BYTES", 50 * 1000 * 8)
     rows, columns = 50, 20_000
     hidden, weight, candidates = layer(rows, columns, 6, dtype)
     hidden.requires_grad_()

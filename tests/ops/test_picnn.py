@@ -140,6 +140,22 @@ def test_step_is_autograd_of_the_map(backend: str, rows: int) -> None:
     assert not step.value.requires_grad
 
 
+def test_a_second_derivative_says_no() -> None:
+    if "cpu" not in BACKENDS:
+        pytest.skip("the compiled extension is not built")
+    params, (context, levels) = with_encoder(), inputs(2, 3, width=6)
+    for own in (params, replace(params, encoder=(), transitions=params.encoder, heads=_two_heads())):
+        x = levels.clone().requires_grad_()
+        (first,) = torch.autograd.grad(picnn_map(own, context, x, backend="cpu")[0].sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="picnn_map is differentiable once"):
+            first.sum().backward()
+
+
+def _two_heads() -> tuple[tuple[Tensor, Tensor], ...]:
+    """For transitions 6 -> 7 -> 5 and widths (8, 8): v_0 c_0, then v_1 c_1 v_2 c_2 gate_1 gate_2 kappa."""
+    return tuple((torch.ones(size, u).double() / u, torch.zeros(size).double()) for size, u in ((16, 7), (35, 5)))
+
+
 def test_step_says_what_is_wrong() -> None:
     params, (context, levels) = with_encoder(), inputs(2, 3, width=6)
     step = picnn_step(params, context, levels)

@@ -5,21 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prmfast.kernels.candidate_td import tuning
 from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.candidate_td.reference import output_dtype, row_error
 from prmfast.ops._cpu._extension import _C
+from prmfast.ops._cpu._rows import contiguous_columns
 
 __all__ = ["candidate_td", "linear_candidate_td", "token_logprob", "token_logprob_backward"]
 
 _CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ROWS, _COLUMNS = 1024, 2048
-"""Largest block of logits of the linear variant: 8 MiB a side in float32, consumed while the last cache holds it."""
-_WIDENED = 2**22
-"""Most elements of a block of hidden states or weights, so that the float32 copies of half types stay small too."""
-
-
-def _contiguous_columns(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
 def _view(logits: Tensor) -> tuple[int, int, int]:
@@ -59,7 +53,7 @@ def candidate_td(
     dtype = output_dtype(policy_logits, reward_logits)
     if dtype == torch.float64:  # beside a float64 side, the other one is summed in float64 too
         policy_logits, reward_logits = policy_logits.double(), reward_logits.double()
-    policy, reward = _contiguous_columns(policy_logits), _contiguous_columns(reward_logits)
+    policy, reward = contiguous_columns(policy_logits), contiguous_columns(reward_logits)
     _held, ids = _ids(sampled)
     options = _C.candidate_td.Options(p_min, beta, policy_temperature, reward_temperature)
     result = _C.candidate_td.run(*_view(policy), *_view(reward), *policy.shape, options, ids, torch.get_num_threads())
@@ -108,8 +102,8 @@ def linear_candidate_td(
     """See the reference."""
     rows, columns = len(policy_hidden), len(policy_weight)
     dtype = output_dtype(policy_hidden, reward_hidden)
-    most = max(1, _WIDENED // max(1, policy_hidden.shape[1], reward_hidden.shape[1]))
-    row_step, column_step = max(1, min(rows, _ROWS, most)), min(columns, _COLUMNS, most)
+    most = max(1, tuning.WIDENED_ELEMENTS // max(1, policy_hidden.shape[1], reward_hidden.shape[1]))
+    row_step, column_step = max(1, min(rows, tuning.BLOCK_ROWS, most)), min(columns, tuning.BLOCK_COLUMNS, most)
     policy = _Side(policy_hidden, policy_weight, row_step, column_step, dtype)
     reward = _Side(reward_hidden, reward_weight, row_step, column_step, dtype)
     _held, ids = _ids(sampled)
@@ -129,7 +123,7 @@ def linear_candidate_td(
 
 def token_logprob(logits: Tensor, ids: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
     """See the reference."""
-    held, held_ids = _contiguous_columns(logits), ids.contiguous()
+    held, held_ids = contiguous_columns(logits), ids.contiguous()
     logp, norm = held.new_empty(len(held), dtype=torch.float64), held.new_empty(len(held), 2, dtype=torch.float64)
     outputs = (held_ids.data_ptr(), logp.data_ptr(), norm.data_ptr())
     invalid = _C.candidate_td.token_logprob(*_view(held), *held.shape, temperature, *outputs, torch.get_num_threads())
@@ -140,7 +134,7 @@ def token_logprob(logits: Tensor, ids: Tensor, *, temperature: float) -> tuple[T
 
 def token_logprob_backward(grad: Tensor, logits: Tensor, ids: Tensor, norm: Tensor, *, temperature: float) -> Tensor:
     """See the reference."""
-    held, held_ids = _contiguous_columns(logits), ids.contiguous()
+    held, held_ids = contiguous_columns(logits), ids.contiguous()
     weight, norms = grad.double().contiguous(), norm.contiguous()
     out = held.new_empty(held.shape)
     pointers = (held_ids.data_ptr(), norms.data_ptr(), weight.data_ptr(), out.data_ptr())

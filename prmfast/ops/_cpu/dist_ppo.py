@@ -11,6 +11,7 @@ from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.dist_ppo import reference
 from prmfast.kernels.dist_ppo.reference import Rule
 from prmfast.ops._cpu._extension import _C
+from prmfast.ops._cpu._rows import contiguous_columns
 from prmfast.ops._cpu.dist_ppo_blocks import linear_dist_ppo, linear_dist_ppo_backward
 
 __all__ = [
@@ -23,10 +24,6 @@ __all__ = [
 ]
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-def _columns_together(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
 def _view(logits: Tensor) -> tuple[int, int, int, int]:
@@ -71,7 +68,7 @@ def dist_ppo(logits: Tensor, candidates: Candidates, row_weight: Tensor, rule: R
     """See the reference."""
     if logits.dtype == torch.float64:
         return reference.dist_ppo(logits, candidates, row_weight, rule)
-    held, objective = _columns_together(logits), _Objective(candidates, row_weight, rule)
+    held, objective = contiguous_columns(logits), _Objective(candidates, row_weight, rule)
     run = getattr(_C.dist_ppo, f"loss_{_SUFFIX[held.dtype]}")
     loss = run(_view(held), *objective.arguments(), torch.get_num_threads())
     return torch.tensor(loss, dtype=torch.float64), objective.lse, objective.coefficients
@@ -85,7 +82,7 @@ def dist_ppo_backward(
         return reference.dist_ppo_backward(
             logits, offsets, token_ids, lse=lse, coefficients=coefficients, temperature=temperature
         )
-    held, offsets, token_ids = _columns_together(logits), offsets.contiguous(), token_ids.contiguous()
+    held, offsets, token_ids = contiguous_columns(logits), offsets.contiguous(), token_ids.contiguous()
     out = empty_like(logits)
     getattr(_C.dist_ppo, f"gradient_{_SUFFIX[held.dtype]}")(
         _view(held),
@@ -105,7 +102,7 @@ def dist_ppo_with_grad(
     """See the reference."""
     if logits.dtype == torch.float64:
         return reference.dist_ppo_with_grad(logits, candidates, row_weight, rule, out=out)
-    held, objective = _columns_together(logits), _Objective(candidates, row_weight, rule)
+    held, objective = contiguous_columns(logits), _Objective(candidates, row_weight, rule)
     run = getattr(_C.dist_ppo, f"loss_and_gradient_{_SUFFIX[held.dtype]}")
     loss = run(_view(held), *objective.arguments(), _view(out), torch.get_num_threads())
     return torch.tensor(loss, dtype=torch.float64), objective.lse

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from prmfast.kernels.candidate_td.candidates import Candidates
+from prmfast.kernels.dist_ppo import tuning
 from prmfast.kernels.dist_ppo.reference import Rule, settle
 from prmfast.ops._cpu._extension import _C
-
-BLOCK_BYTES = 32 << 20
-"""Logits held at a time."""
 
 _ALL = 2**62
 
@@ -53,7 +51,9 @@ class _Layer:
         rows = max(len(hidden), 1)
         # with few rows it is the float32 copy of the weights, and the product for their gradient, that must stay small
         widest = max(rows, 2 * hidden.shape[1])
-        self.step = max(256, min(len(weight), BLOCK_BYTES // (widest * self.hidden.element_size())))
+        self.step = max(
+            tuning.LEAST_COLUMNS, min(len(weight), tuning.BLOCK_BYTES // (widest * self.hidden.element_size()))
+        )
         self.memory = hidden.new_empty(rows * min(self.step, len(weight)), dtype=self.dtype)
 
     def firsts(self) -> range:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prmfast.kernels.picnn import tuning
 from prmfast.kernels.picnn.params import LevelOptions
 from prmfast.kernels.picnn.reference import context_activation
 from prmfast.ops._cpu._extension import _C
 
-_LEAST_SIDE, _LEAST_PRODUCT = 64, 1 << 22  # below, packing into tiles costs more than it saves
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -125,7 +125,7 @@ def picnn_context_backward(
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [m, k] @ b [n, k].T + bias [n]: on AMX tiles where that pays, else torch's."""
     (m, depth), n = a.shape, b.shape[0]
-    large = min(m, depth) >= _LEAST_SIDE and m * n * depth >= _LEAST_PRODUCT
+    large = min(m, depth) >= tuning.LEAST_SIDE and m * n * depth >= tuning.LEAST_PRODUCT
     if large and a.dtype == torch.float32 and _C.picnn.has_tiles() and 1 in a.stride() and 1 in b.stride():
         out = a.new_empty(m, n)
         held = None if bias is None else bias.contiguous()
