@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on CPU tensors, on any machine
+
 SHARED = Path(os.environ.get("PRMFAST_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 

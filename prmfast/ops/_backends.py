@@ -5,23 +5,56 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _MODULES: dict[str, dict[str, str]] = {
-    "picnn": {"reference": "prmfast.kernels.picnn.reference", "cpu": "prmfast.ops._cpu.picnn"},
-    "ias": {"reference": "prmfast.kernels.ias.reference", "cpu": "prmfast.ops._cpu.ias"},
+    "picnn": {
+        "reference": "prmfast.kernels.picnn.reference",
+        "cpu": "prmfast.ops._cpu.picnn",
+    },
+    "ias": {
+        "reference": "prmfast.kernels.ias.reference",
+        "cpu": "prmfast.ops._cpu.ias",
+    },
     "candidate_td": {
         "reference": "prmfast.kernels.candidate_td.reference",
         "cpu": "prmfast.ops._cpu.candidate_td",
     },
-    "dist_ppo": {"reference": "prmfast.kernels.dist_ppo.reference", "cpu": "prmfast.ops._cpu.dist_ppo"},
+    "dist_ppo": {
+        "reference": "prmfast.kernels.dist_ppo.reference",
+        "cpu": "prmfast.ops._cpu.dist_ppo",
+    },
 }
 ROOMS = tuple(_MODULES)
-_DEVICES = {"reference": ("cpu", "cuda", "mps", "xpu", "meta"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+_KINDS = {"reference": ("cpu", "cuda", "mps", "xpu", "meta"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What a call must bring for a backend to take it; a fact that nobody told counts as brought."""
+
+    fact: str
+    rule: str
+    holds: Callable[[Any], bool]
+
+
+_AMPERE = Condition("capability", "a GPU of compute capability 8.0 or newer", lambda capability: capability >= (8, 0))
+_NO_FLOAT64 = Condition("dtype", "float32, bfloat16 or float16", lambda dtype: dtype != torch.float64)
+
+_CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
+    (room, backend): (_AMPERE, _NO_FLOAT64) for room in ROOMS for backend in ("cuda",)
+}
+"""What the backends of a GPU need beyond being there; those without a line take every call."""
+
+_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+"""What ``auto`` tries on a kind of device, in this order; other kinds have the reference."""
 
 
 @functools.cache
@@ -46,38 +79,89 @@ def why_missing(room: str, backend: str) -> str | None:
     return None
 
 
+def interpreted() -> bool:
+    """Triton kernels run in its interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _kinds(backend: str) -> tuple[str, ...]:
+    """The kinds of device that ``backend`` runs on."""
+    return ("cuda", "cpu") if backend == "triton" and interpreted() else _KINDS[backend]
+
+
 def available(room: str, device: str | torch.device = "cpu") -> tuple[str, ...]:
     """The backends of ``room`` that run on ``device`` here, the slow truth (``reference``) first."""
     kind = torch.device(device).type
-    return tuple(b for b in BACKENDS if kind in _DEVICES[b] and why_missing(room, b) is None)
+    return tuple(b for b in BACKENDS if kind in _kinds(b) and why_missing(room, b) is None)
 
 
-def resolve(room: str, device: str | torch.device = "cpu", backend: str = "auto") -> str:
+def resolve(room: str, device: str | torch.device = "cpu", backend: str = "auto", **facts: Any) -> str:
     """The backend that a call with this ``backend`` argument takes on ``device``.
 
-    ``auto`` takes the environment variable PRMFAST_BACKEND where it is set, else the last of `available`. A named
-    backend
-    that cannot be used raises: ValueError for an unknown name or a wrong device, RuntimeError where it is missing.
+    ``auto`` takes the environment variable PRMFAST_BACKEND where it is set, else the fastest that is here and takes a
+    call of these ``facts`` (dtype and whatever the room's conditions ask; see `explain`). A named backend that cannot
+    be used raises: ValueError for an unknown name, a wrong device or a call that it does not take, RuntimeError where
+    it is missing.
     """
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     if backend == "auto":
         backend = os.environ.get("PRMFAST_BACKEND", "auto")
+    if kind == "cuda":
+        facts = {"capability": _capability(str(device)), **facts}
+        if backend != "auto":
+            return _named(room, kind, backend, facts)
+        return next(b for b in _PREFERRED[kind] if _refusal(room, b, facts) is None)
     return _resolve(room, kind, backend)
+
+
+def explain(room: str, device: str | torch.device = "cpu", **facts: Any) -> dict[str, str | None]:
+    """What ``auto`` tries on ``device`` in its order, each with None where it takes such a call, else why not."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        facts = {"capability": _capability(str(device)), **facts}
+    return {backend: _refusal(room, backend, facts) for backend in _PREFERRED.get(kind, ("reference",))}
 
 
 @functools.cache
 def _resolve(room: str, kind: str, backend: str) -> str:
     if backend == "auto":
-        return available(room, kind)[-1]
+        return next(b for b in _PREFERRED.get(kind, ("reference",)) if why_missing(room, b) is None)
+    return _named(room, kind, backend, {})
+
+
+def _refusal(room: str, backend: str, facts: dict[str, Any]) -> str | None:
+    """Why ``backend`` does not take a call of these facts here."""
+    reason = why_missing(room, backend)
+    if reason is not None:
+        return reason
+    for need in _CONDITIONS.get((room, backend), ()):
+        told = facts.get(need.fact)
+        if told is not None and not need.holds(told):
+            return f"it needs {need.rule}, got {told}"
+    return None
+
+
+def _named(room: str, kind: str, backend: str, facts: dict[str, Any]) -> str:
     reason = why_missing(room, backend)
     usable = ", ".join(available(room, kind))
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} of {room} cannot be used here: {reason}; usable on {kind}: {usable}")
-    if kind not in _DEVICES[backend]:
+    if kind not in _kinds(backend):
         raise ValueError(
-            f"backend={backend!r} runs on {'/'.join(_DEVICES[backend])}, got tensors on {kind}; usable: {usable}"
+            f"backend={backend!r} runs on {'/'.join(_kinds(backend))}, got tensors on {kind}; usable: {usable}"
         )
+    refused = _refusal(room, backend, facts)
+    if refused is not None:
+        raise ValueError(f"backend={backend!r} of {room} does not take this call: {refused}; usable: {usable}")
     return backend
+
+
+@functools.cache
+def _capability(device: str) -> tuple[int, int] | None:
+    """Of a device that is there and NVIDIA's."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 # all that torch.compiler.assume_constant_result does, without its import of torch._dynamo (1.5 s)

@@ -31,7 +31,7 @@ LIBRARY.define(
 
 
 def _implementation(tensor: Tensor, backend: str) -> Any:
-    return load("candidate_td", resolve("candidate_td", tensor.device, backend))
+    return load("candidate_td", resolve("candidate_td", tensor.device, backend, dtype=tensor.dtype))
 
 
 def _check_columns(check: Check, name: str, value: Tensor, dim: int) -> None:
@@ -240,7 +240,7 @@ def candidate_td(
         sampled: int64 [T], a token that joins its row's candidates whatever its probability; None for no such token.
         policy_temperature: divides policy_logits before the softmax, 1e-30 to 1e30.
         reward_temperature: divides reward_logits before the softmax, 1e-30 to 1e30.
-        backend: "auto" | "reference" | "cpu".
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
     Returns:
         Candidates: offsets int64 [T + 1], token_ids int64 [n] increasing in a row, policy_logp [n] (natural log, <= 0)
@@ -289,7 +289,7 @@ def linear_candidate_td(
         sampled: int64 [T] or None.
         policy_temperature: > 0.
         reward_temperature: > 0.
-        backend: "auto" | "reference" | "cpu".
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
     Returns:
         As `candidate_td`; float64 where a hidden state is float64. Not differentiable.
@@ -316,7 +316,7 @@ def token_logprob(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, back
         logits: [T, V] float32 | float64 | float16 | bfloat16. -inf is a token of probability 0. Rows may be strided.
         ids: int64 [T] in [0, V). -100 is not an ignored id here: leave such rows out.
         temperature: divides the logits before the softmax, 1e-30 to 1e30.
-        backend: "auto" | "reference" | "cpu".
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
     Returns:
         [T] float32, float64 for float64 logits. Differentiable once in the logits, gradient in their dtype:

@@ -30,7 +30,7 @@ LIBRARY.define(
 
 
 def _implementation(tensor: Tensor, backend: str) -> Any:
-    return load("dist_ppo", resolve("dist_ppo", tensor.device, backend))
+    return load("dist_ppo", resolve("dist_ppo", tensor.device, backend, dtype=tensor.dtype))
 
 
 def _parse(candidates: list[Tensor], rule: list[float]) -> tuple[Candidates, Rule]:
@@ -342,7 +342,7 @@ def dist_ppo_loss(
         dual_clip: c > 1: where A < 0 the term is at least c * pi_old * A. None: no such bound.
         row_weight: [T], any floating dtype; default 1/T.
         temperature: > 0; divides the logits.
-        backend: "auto" | "reference" | "cpu".
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
     Returns:
         A scalar, float32 (float64 for float64 logits); 0 where there are no candidates. Differentiable once, in the
@@ -451,7 +451,7 @@ def linear_dist_ppo_loss(
         dual_clip: as in `dist_ppo_loss`.
         row_weight: as in `dist_ppo_loss`.
         temperature: as in `dist_ppo_loss`.
-        backend: "auto" | "reference" | "cpu"; the reference makes the [T, V] logits.
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda"; the reference makes the [T, V] logits.
 
     Returns:
         A scalar, as `dist_ppo_loss`. Differentiable once, in hidden and weight; a gradient that nobody wants is not

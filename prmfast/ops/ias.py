@@ -24,7 +24,7 @@ LIBRARY.define("ias_allocate(Tensor quantiles, int total, int n_max, int n_min, 
 
 
 def _implementation(quantiles: Tensor, backend: str) -> Any:
-    return load("ias", resolve("ias", quantiles.device, backend))
+    return load("ias", resolve("ias", quantiles.device, backend, dtype=quantiles.dtype))
 
 
 def _check_arguments(check: Check, quantiles: object, n_max: object) -> None:
@@ -166,7 +166,7 @@ def ias_budget(quantiles: Tensor, target: float | Tensor, n_max: int, *, backend
             may be strided.
         target: wanted success probability C in (0, 1): a number, or a tensor [] or [B].
         n_max: largest budget, >= 1.
-        backend: "auto" | "reference" | "cpu".
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
     Returns:
         int32 [B] in [1, n_max]; not differentiable.
@@ -195,7 +195,7 @@ def ias_curve(quantiles: Tensor, n_max: int, *, backend: str = "auto") -> Tensor
     Args:
         quantiles: [B, M] float32 | float64 | float16 | bfloat16, clipped to [0, 1]. Rows may be strided.
         n_max: number of columns, >= 1.
-        backend: "auto" | "reference" | "cpu".
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
     Returns:
         [B, n_max] in the quantiles' dtype, float32 for the half types. Differentiable once in the quantiles:
@@ -221,7 +221,7 @@ def ias_allocate(quantiles: Tensor, total: int, n_max: int, *, n_min: int = 0, b
         total: samples to hand out, >= B * n_min.
         n_max: most samples of one question, >= 1.
         n_min: fewest samples of one question, in [0, n_max].
-        backend: "auto" | "reference" | "cpu".
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
     Returns:
         int32 [B]; not differentiable.

@@ -60,7 +60,7 @@ def _names(activations: str) -> list[str]:
 
 
 def _implementation(tensor: Tensor, backend: str) -> Any:
-    return load("picnn", resolve("picnn", tensor.device, backend))
+    return load("picnn", resolve("picnn", tensor.device, backend, dtype=tensor.dtype))
 
 
 def _levels(rows: Tensor, levels: Tensor, wz: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
@@ -289,7 +289,7 @@ def picnn_map(
             interpolates.
         precision: "float32", or "bfloat16" where a result that is 1e-2 off may be had sooner: CPUs with AMX then round
             weights and activations of the hidden layers to bfloat16; others stay with float32.
-        backend: "auto" | "reference" | "cpu".
+        backend: "auto" | "reference" | "cpu" | "triton" | "cuda".
 
     Returns:
         value g and gradient dg/dx, both [B, M], in the weights' dtype (float32 where the weights are a half type: the

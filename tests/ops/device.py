@@ -1,0 +1,63 @@
+"""The ops as the tests call them: every backend that runs here, on the device it runs on.
+
+Tests make CPU tensors. A backend of a GPU gets copies there and its answers come back, differentiably, so that one test
+holds every backend to the same truth. Without a GPU the Triton backend runs in its interpreter, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prmfast import ops
+
+GPU = torch.cuda.is_available()
+GPU_BACKENDS = ("triton", "cuda")
+
+
+def backends(room: str) -> tuple[str, ...]:
+    """Every backend of ``room`` that runs on this machine, the reference first."""
+    here = ops.available(room, "cpu")
+    return here + tuple(b for b in ops.available(room, "cuda") if GPU and b not in here)
+
+
+def moved(value: Any, device: str) -> Any:
+    """``value`` with every tensor in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(item, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """``op`` for CPU tensors, whatever device its ``backend`` runs on."""
+
+    @functools.wraps(op)
+    def call(*args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+        if not (GPU and backend in GPU_BACKENDS):
+            return op(*args, backend=backend, **kwargs)
+        args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
+        return moved(op(*args, backend=backend, **kwargs), "cpu")
+
+    return call
+
+
+candidate_td = on_device(ops.candidate_td)
+dist_ppo_loss = on_device(ops.dist_ppo_loss)
+ias_allocate = on_device(ops.ias_allocate)
+ias_budget = on_device(ops.ias_budget)
+ias_curve = on_device(ops.ias_curve)
+linear_candidate_td = on_device(ops.linear_candidate_td)
+linear_dist_ppo_loss = on_device(ops.linear_dist_ppo_loss)
+picnn_map = on_device(ops.picnn_map)
+token_logprob = on_device(ops.token_logprob)
