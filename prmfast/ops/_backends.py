@@ -30,6 +30,7 @@ _MODULES: dict[str, dict[str, str]] = {
     "dist_ppo": {
         "reference": "prmfast.kernels.dist_ppo.reference",
         "cpu": "prmfast.ops._cpu.dist_ppo",
+        "triton": "prmfast.kernels.dist_ppo.triton_impl",
     },
 }
 ROOMS = tuple(_MODULES)
