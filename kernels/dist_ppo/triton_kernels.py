@@ -22,15 +22,10 @@ NO_COLUMN: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def float64(value):
-    """A float argument in float64, of which the interpreter hands in a Python number."""
-    return tl.full((), value, tl.float64)
-
-
-@triton.jit
 def power_scale(inverse):
     """log2(e) * inverse in float32, neither 0 nor infinite, so that it never makes NaN of 0 or -inf."""
-    return tl.minimum(tl.maximum(inverse * LOG2E, SMALLEST), HIGHEST).to(tl.float32)
+    scale = tl.full((), inverse, tl.float64) * LOG2E
+    return tl.minimum(tl.maximum(scale, SMALLEST), HIGHEST).to(tl.float32)
 
 
 @triton.jit
@@ -130,8 +125,10 @@ def settle_entries(
         total += tl.sum(tl.exp((x - top) * inverse), 0)
     lse = top * inverse + tl.log(total)
 
-    loss = float64(0.0)
-    bounded_below = tl.where(dual_clip < float("inf"), float64(0.0), float64(MINUS_INFINITY))  # advantages that are
+    loss = tl.full((), 0.0, tl.float64)
+    bounded = tl.where(
+        tl.full((), dual_clip, tl.float64) < float("inf"), 0.0, MINUS_INFINITY
+    )  # below it an advantage is
     for at in range(begin, end, ENTRIES):
         entry = at + tl.arange(0, ENTRIES)
         held = entry < end
@@ -147,7 +144,7 @@ def settle_entries(
             (low <= new) & (new <= high), 1.0, 0.5
         )  # an exact tie takes half of each branch, as autograd does
         share = tl.where(free == shut, tie, tl.where(free < shut, 1.0, 0.0))
-        floor = tl.where(gain < bounded_below, dual_clip * old * gain, MINUS_INFINITY)
+        floor = tl.where(gain < bounded, dual_clip * old * gain, MINUS_INFINITY)
         share = share * tl.where(term > floor, 1.0, tl.where(term == floor, 0.5, 0.0))
         counted = held & (old_logp > MINUS_INFINITY)
         loss -= tl.sum(tl.where(counted, weight * tl.maximum(term, floor), 0.0), 0)
@@ -173,7 +170,7 @@ def share_entries(
 
     Theirs is factor * 2^((x_v - certain) * scale), where certain is the logit of a probability of 1.
     """
-    total = float64(0.0)
+    total = tl.full((), 0.0, tl.float64)
     for at in range(begin, end, ENTRIES):
         entry = at + tl.arange(0, ENTRIES)
         total += tl.sum(tl.load(coefficients + entry, mask=entry < end, other=0.0), 0)
@@ -299,7 +296,7 @@ def loss_rows(
     """Everything of a row but its gradient. Reads the row once, or not where it has no candidates."""
     row = tl.program_id(0).to(tl.int64)
     entry, last = tl.load(begin + row), tl.load(end + row)
-    found, loss = float64(0.0), float64(0.0)
+    found, loss = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
     if entry < last:
         found, loss = measure_row(
             logits + row * stride,
@@ -312,10 +309,10 @@ def loss_rows(
             advantage,
             tl.load(row_weight + row * weight_stride),
             coefficients,
-            float64(clip_low),
-            float64(clip_high),
-            float64(dual_clip),
-            float64(inverse),
+            clip_low,
+            clip_high,
+            dual_clip,
+            inverse,
             STEPS,
             THREADS,
             VECTOR,
@@ -360,7 +357,7 @@ def loss_and_gradient_rows(
     What threads leave for each other in memory is behind a barrier, and so is every logit that a thread reads of columns
     that others overwrite.
     """
-    row, inverse = tl.program_id(0).to(tl.int64), float64(inverse)
+    row = tl.program_id(0).to(tl.int64)
     entry, last = tl.load(begin + row), tl.load(end + row)
     source = logits + row * stride
     factor, certain = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
@@ -376,9 +373,9 @@ def loss_and_gradient_rows(
             advantage,
             tl.load(row_weight + row * weight_stride),
             coefficients,
-            float64(clip_low),
-            float64(clip_high),
-            float64(dual_clip),
+            clip_low,
+            clip_high,
+            dual_clip,
             inverse,
             STEPS,
             THREADS,
@@ -441,7 +438,7 @@ def share_rows(
         tl.load(lse + row),
         coefficients,
         entry_slopes,
-        float64(inverse),
+        inverse,
         ENTRIES,
     )
     tl.store(factors + row, factor)
@@ -484,7 +481,7 @@ def write_rows(
         tl.minimum(start + SLICE, columns),
         tl.load(factors + row),
         tl.load(certains + row),
-        power_scale(float64(inverse)),
+        power_scale(inverse),
         BLOCK,
         ROUND,
     )
@@ -509,7 +506,7 @@ def fold_rows(
     ENTRIES: tl.constexpr,
 ):
     """Adds a block of logits to the pair of every row."""
-    row, inverse = tl.program_id(0).to(tl.int64), float64(inverse)
+    row = tl.program_id(0).to(tl.int64)
     last = tl.load(end + row)
     entry = entry_from(token_ids, tl.load(begin + row), last, first, ENTRIES)
     reference, total = sum_columns(
@@ -565,10 +562,10 @@ def settle_rows(
         advantage,
         tl.load(row_weight + row * weight_stride),
         coefficients,
-        float64(clip_low),
-        float64(clip_high),
-        float64(dual_clip),
-        float64(inverse),
+        clip_low,
+        clip_high,
+        dual_clip,
+        inverse,
         ENTRIES,
     )
     tl.store(lse + row, found)
