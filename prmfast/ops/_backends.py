@@ -22,6 +22,7 @@ _MODULES: dict[str, dict[str, str]] = {
     "ias": {
         "reference": "prmfast.kernels.ias.reference",
         "cpu": "prmfast.ops._cpu.ias",
+        "triton": "prmfast.kernels.ias.triton_impl",
     },
     "candidate_td": {
         "reference": "prmfast.kernels.candidate_td.reference",

@@ -20,9 +20,12 @@ GPU = torch.cuda.is_available()
 GPU_BACKENDS = ("triton", "cuda")
 
 
-def backends(room: str) -> tuple[str, ...]:
-    """Every backend of ``room`` that runs on this machine, the reference first."""
-    here = ops.available(room, "cpu")
+def backends(room: str, *, interpreted: bool = True) -> tuple[str, ...]:
+    """Every backend of ``room`` that runs on this machine, the reference first.
+
+    interpreted: with Triton in its interpreter too, which takes a millisecond for an operation of a program.
+    """
+    here = tuple(b for b in ops.available(room, "cpu") if interpreted or b != "triton")
     return here + tuple(b for b in ops.available(room, "cuda") if GPU and b not in here)
 
 
