@@ -29,9 +29,9 @@ BACKENDS = backends("dist_ppo")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-COLUMNS = [1, 2, 15, 16, 17, 31, 33, 2047, 2049, 4099]
-FEW_COLUMNS = {torch.float32: [1, 33, 2049, 4099], torch.bfloat16: [17, 2049], torch.float16: [2, 4099]}
-"""In the interpreter: one tile, several of them, and both sizes of tile."""
+COLUMNS = [1, 2, 15, 16, 17, 31, 33, 2047, 2049, 2064, 4099, 8208]
+FEW_COLUMNS = {torch.float32: [1, 33, 2064, 4099], torch.bfloat16: [17, 8208], torch.float16: [2, 2049]}
+"""In the interpreter: one tile and several, of both widths, where they are a multiple of 16 and where not."""
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.3, "temperature": 0.7},
@@ -273,7 +273,7 @@ def test_rows_alone_and_threads_change_nothing(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_a_row_knows_nothing_of_its_batch(backend: str, dtype: torch.dtype) -> None:
-    logits, candidates = inputs(7, 2100, dtype)
+    logits, candidates = inputs(7, 2112, dtype)
     rows, spans = entry_rows(candidates), candidates.offsets.tolist()
 
     def run(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,9 +295,9 @@ def test_a_row_knows_nothing_of_its_batch(backend: str, dtype: torch.dtype) -> N
 
 @each_backend
 def test_more_candidates_than_are_taken_at_a_time(backend: str) -> None:
-    logits, _ = inputs(3, 2300, torch.float32)
-    everywhere = torch.arange(0, 2300, 31)  # in every tile, some of them beside its ends
-    ids = torch.cat([torch.arange(40), everywhere, torch.tensor([2047, 2048, 2299])])
+    logits, _ = inputs(3, 2304, torch.float32)
+    everywhere = torch.arange(0, 2304, 31)
+    ids = torch.cat([torch.arange(40), everywhere, torch.tensor([2047, 2048, 2303])])
     offsets = torch.tensor([0, 40, 40 + len(everywhere), len(ids)])
     generator = torch.Generator().manual_seed(3)
     candidates = Candidates(
@@ -311,6 +311,10 @@ def test_more_candidates_than_are_taken_at_a_time(backend: str) -> None:
     dist_ppo_loss(leaf, candidates, backend=backend).backward()
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, gradient)
+    place = logits.clone()
+    again, _ = dist_ppo_loss_and_grad(place, candidates, out=place, backend=backend)
+    assert torch.equal(again, found)
+    assert torch.equal(place, gradient)
 
 
 @each_backend
