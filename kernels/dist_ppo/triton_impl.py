@@ -12,12 +12,25 @@ from torch import Tensor
 
 from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.common.launch import INTERPRETED, POINTERS, Variant, check_device, pointers_of
-from prmfast.kernels.dist_ppo import blocks, reference, triton_kernels, tuning
+from prmfast.kernels.dist_ppo import blocks, reference, tuning
+from prmfast.kernels.dist_ppo import triton_kernels as kernels
 from prmfast.kernels.dist_ppo.blocks import Spans
 from prmfast.kernels.dist_ppo.reference import Rule
 
-_ROW_KERNELS = (triton_kernels.settle_rows, triton_kernels.share_rows)
+__all__ = [
+    "dist_ppo",
+    "dist_ppo_backward",
+    "dist_ppo_with_grad",
+    "empty_like",
+    "linear_dist_ppo",
+    "linear_dist_ppo_backward",
+    "variants",
+]
+
+_ENTRY_KERNELS = (kernels.settle_kernel, kernels.share_kernel)
 """Those that read the entries of a row alone."""
+_BLOCK_KERNELS = (kernels.fold_kernel, kernels.write_kernel)
+"""Those that a block of the linear variant passes through, besides."""
 _MULTIPLE = 16
 """Of which triton has to know that a number is one, to load several logits at once."""
 
@@ -27,7 +40,8 @@ _MULTIPLE = 16
 
 def _form(kernel: Any, dtype: torch.dtype, columns: int) -> tuple[dict[str, Any], int]:
     """Constants and warps of a kernel on rows of ``columns`` logits."""
-    warps = tuning.WARPS if columns > tuning.FEW_COLUMNS else tuning.FEW_WARPS
+    few = columns <= tuning.FEW_COLUMNS and kernel in _BLOCK_KERNELS
+    warps = tuning.FEW_WARPS if few else tuning.WARPS
     logits = tuning.LOGITS if columns % _MULTIPLE == 0 else tuning.ODD_LOGITS
     vector = tuning.LOAD_BYTES // dtype.itemsize
     constants = {
@@ -40,7 +54,7 @@ def _form(kernel: Any, dtype: torch.dtype, columns: int) -> tuple[dict[str, Any]
         "ROUND": INTERPRETED,
     }
     used = {name: constants[name] for name in kernel.arg_names if name in constants}
-    return used, tuning.ENTRY_WARPS if kernel in _ROW_KERNELS else warps
+    return used, tuning.ENTRY_WARPS if kernel in _ENTRY_KERNELS else warps
 
 
 def _launch(kernel: Any, logits: Tensor, *, slices: int = 1, **arguments: Any) -> None:
@@ -98,15 +112,16 @@ def _variant(kernel: Any, dtype: torch.dtype, columns: int) -> Variant:
 def variants() -> Iterator[Variant]:
     """Every kernel that is launched, at the widths where its form changes."""
     few, many = tuning.FEW_COLUMNS, 4 * tuning.FEW_COLUMNS
-    yield _variant(triton_kernels.settle_rows, torch.float32, many)
+    yield _variant(kernels.settle_kernel, torch.float32, many)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield _variant(triton_kernels.share_rows, dtype, many)
+        yield _variant(kernels.share_kernel, dtype, many)
+        for columns in (many, many - 1):
+            yield _variant(kernels.loss_kernel, dtype, columns)
+            yield _variant(kernels.loss_and_gradient_kernel, dtype, columns)
         for columns in (few, few - 1, many, many - 1):
-            yield _variant(triton_kernels.loss_rows, dtype, columns)
-            yield _variant(triton_kernels.loss_and_gradient_rows, dtype, columns)
-            yield _variant(triton_kernels.write_rows, dtype, columns)
+            yield _variant(kernels.write_kernel, dtype, columns)
     for columns in (few, few - 1, many, many - 1):
-        yield _variant(triton_kernels.fold_rows, torch.float32, columns)
+        yield _variant(kernels.fold_kernel, torch.float32, columns)
 
 
 # --- what the kernels read and write
@@ -181,9 +196,9 @@ def _write(
         "inverse": 1 / temperature,
     }
     entries: dict[str, Any] = {"begin": spans.begin, "end": spans.end, "token_ids": spans.token_ids, "first": first}
-    _launch(triton_kernels.share_rows, logits, lse=lse, coefficients=coefficients, **entries, **found)
+    _launch(kernels.share_kernel, logits, lse=lse, coefficients=coefficients, **entries, **found)
     slices = triton.cdiv(logits.shape[1], tuning.SLICE)
-    _launch(triton_kernels.write_rows, logits, slices=slices, out=out, out_stride=out.stride(0), **entries, **found)
+    _launch(kernels.write_kernel, logits, slices=slices, out=out, out_stride=out.stride(0), **entries, **found)
 
 
 # --- the room
@@ -199,7 +214,7 @@ def dist_ppo(logits: Tensor, candidates: Candidates, row_weight: Tensor, rule: R
     if logits.dtype == torch.float64:
         return reference.dist_ppo(logits, candidates, row_weight, rule)
     held, objective = _contiguous_columns(logits), _Objective.of(candidates)
-    _launch(triton_kernels.loss_rows, held, **objective._asdict(), **_rule(row_weight, rule))
+    _launch(kernels.loss_kernel, held, **objective._asdict(), **_rule(row_weight, rule))
     return objective.losses.sum(), objective.lse, objective.coefficients
 
 
@@ -232,7 +247,7 @@ def dist_ppo_with_grad(
         return reference.dist_ppo_with_grad(logits, candidates, row_weight, rule, out=out)
     held, objective = _contiguous_columns(logits), _Objective.of(candidates)
     _launch(
-        triton_kernels.loss_and_gradient_rows,
+        kernels.loss_and_gradient_kernel,
         held,
         entry_slopes=torch.empty_like(objective.entry_logits),
         out=out,
@@ -258,12 +273,12 @@ class _Folded:
         return {"references": self.references, "totals": self.totals} | self.objective._asdict()
 
     def add(self, block: Tensor, first: int) -> None:
-        _launch(triton_kernels.fold_rows, block, first=first, inverse=1 / self.rule.temperature, **self._arguments())
+        _launch(kernels.fold_kernel, block, first=first, inverse=1 / self.rule.temperature, **self._arguments())
 
     def settle(self, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         objective = self.objective
         rows = objective.entry_logits.new_empty(len(objective.lse), 1)
-        _launch(triton_kernels.settle_rows, rows, **self._arguments(), **_rule(row_weight, self.rule))
+        _launch(kernels.settle_kernel, rows, **self._arguments(), **_rule(row_weight, self.rule))
         return objective.losses.sum(), objective.lse, objective.coefficients
 
 

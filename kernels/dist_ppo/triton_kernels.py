@@ -279,7 +279,7 @@ def measure_row(
 
 
 @triton.jit
-def loss_rows(
+def loss_kernel(
     logits,  # [T, columns]
     stride: tl.int64,
     columns,
@@ -333,7 +333,7 @@ def loss_rows(
 
 
 @triton.jit
-def loss_and_gradient_rows(
+def loss_and_gradient_kernel(
     logits,  # [T, columns]
     stride: tl.int64,
     columns,
@@ -362,7 +362,7 @@ def loss_and_gradient_rows(
     ENTRIES: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """`loss_rows`, then the gradient, for which the row is read again while the second-level cache has it.
+    """`loss_kernel`, then the gradient, for which the row is read again while the second-level cache has it.
 
     A barrier stands between what threads leave for each other in memory and its use, and between the last logits of
     entries, which every thread reads, and the first that is overwritten.
@@ -420,7 +420,7 @@ def loss_and_gradient_rows(
 
 
 @triton.jit
-def share_rows(
+def share_kernel(
     logits,  # [T, columns]
     stride: tl.int64,
     columns,
@@ -436,7 +436,7 @@ def share_rows(
     inverse: tl.float64,
     ENTRIES: tl.constexpr,
 ):
-    """What `write_rows` needs to know of a row, taken before anything is written over its logits."""
+    """What `write_kernel` needs to know of a row, taken before anything is written over its logits."""
     row = tl.program_id(0).to(tl.int64)
     factor, certain = share_entries(
         logits + row * stride,
@@ -456,7 +456,7 @@ def share_rows(
 
 
 @triton.jit
-def write_rows(
+def write_kernel(
     logits,  # [T, columns]
     stride: tl.int64,
     columns,
@@ -498,7 +498,7 @@ def write_rows(
 
 
 @triton.jit
-def fold_rows(
+def fold_kernel(
     logits,  # [rows, columns]
     stride: tl.int64,
     columns,
@@ -541,7 +541,7 @@ def fold_rows(
 
 
 @triton.jit
-def settle_rows(
+def settle_kernel(
     references,  # float64 [rows]
     totals,
     begin,  # int64 [rows]
@@ -560,7 +560,7 @@ def settle_rows(
     inverse: tl.float64,
     ENTRIES: tl.constexpr,
 ):
-    """What `loss_rows` finds, after the last block."""
+    """What `loss_kernel` finds, after the last block."""
     row = tl.program_id(0).to(tl.int64)
     found, loss = settle_entries(
         tl.load(references + row),

@@ -18,7 +18,7 @@ ODD_LOGITS = 8
 """Triton: the same where the columns are no multiple of 16. Triton then loads and masks logit by logit."""
 
 WARPS, FEW_WARPS, FEW_COLUMNS = 16, 4, 4096
-"""Triton: of a program that reads a row; few warps for FEW_COLUMNS at most, such as a block of the linear variant. Many
+"""Triton: of a program that reads a row; few warps for a block of FEW_COLUMNS at most of the linear variant. Many
 warps keep few rows in work: what is read of a row for its sum should still be in the second-level cache when it is read
 for its gradient. Two programs of 16 warps and 64 registers fill a multiprocessor, and one computes its few numbers in
 float64 while the other reads. The form knows V alone, so that a row's result knows nothing of its batch."""

@@ -260,6 +260,8 @@ def check_paper_vector(
 @each_backend
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 5), (torch.bfloat16, 5), (torch.float64, 0)])
 def test_opcheck(backend: str, dtype: torch.dtype, rows: int) -> None:
+    if interpreted(backend) and dtype == torch.bfloat16:
+        pytest.skip("slow in the interpreter, and what is registered does not depend on the dtype")
     prmfast = torch.ops.prmfast
     rows = min(rows, 2) if interpreted(backend) else rows
     made = inputs(rows, 20, dtype), torch.ones(()), torch.ones(rows), torch.randn(rows, 4).to(dtype)
