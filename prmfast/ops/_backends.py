@@ -26,6 +26,7 @@ _MODULES: dict[str, dict[str, str]] = {
     "candidate_td": {
         "reference": "prmfast.kernels.candidate_td.reference",
         "cpu": "prmfast.ops._cpu.candidate_td",
+        "triton": "prmfast.kernels.candidate_td.triton_impl",
     },
     "dist_ppo": {
         "reference": "prmfast.kernels.dist_ppo.reference",
