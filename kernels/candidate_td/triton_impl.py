@@ -13,7 +13,7 @@ from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.candidate_td.triton_forms import Form, forced_ids, raise_fault, scale
 from prmfast.kernels.candidate_td.triton_linear import linear_candidate_td
 from prmfast.kernels.candidate_td.triton_linear import variants as linear_variants
-from prmfast.kernels.common.launch import POINTERS, Variant, check_device
+from prmfast.kernels.common.launch import INTERPRETED, POINTERS, Variant, check_device
 from prmfast.kernels.common.rows import contiguous_columns
 
 __all__ = ["candidate_td", "linear_candidate_td", "token_logprob", "token_logprob_backward", "variants"]
@@ -155,12 +155,14 @@ def token_logprob_backward(grad: Tensor, logits: Tensor, ids: Tensor, norm: Tens
     check_device((logits,))
     held = contiguous_columns(logits)
     rows, columns = held.shape
-    out = held.new_empty(rows, columns)
+    # the interpreter truncates to bfloat16 where a GPU rounds
+    stored = torch.float32 if INTERPRETED and held.dtype == torch.bfloat16 else held.dtype
+    out = held.new_empty(rows, columns, dtype=stored)
     blocks = -(-columns // tuning.GRADIENT_BLOCK)
     row = held.stride(0), columns, blocks
     options = ids.contiguous(), norm.contiguous(), scale(temperature), 1 / temperature
     _GRADIENT.launch(rows * blocks, grad.float().contiguous(), held, *row, *options, out)
-    return out
+    return out.to(held.dtype)
 
 
 def variants() -> Iterator[Variant]:

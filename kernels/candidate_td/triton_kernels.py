@@ -2,7 +2,7 @@
 
 Pairs (peak, total) are those of `prmfast.kernels.common.triton_math`. inverse is 1 / temperature, scale is that times
 log2(e); forced is the id that joins a row's candidates, -1 for none. A row has ``slices`` slices of SLICE columns and
-``chunks`` chunks of CHUNK columns, the last ones shorter.
+``chunks`` chunks of CHUNK columns, the last ones shorter. Such counts are not specialised: 1 would be another compilation.
 """
 
 import triton
@@ -13,7 +13,7 @@ from prmfast.kernels.common.triton_math import total_at
 MINUS_INFINITY: tl.constexpr = tl.constexpr(float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices", "chunks"])
 def slice_statistics(
     logits,  # [T, columns]
     stride: tl.int64,
@@ -28,7 +28,7 @@ def slice_statistics(
     CHUNK: tl.constexpr,
     WITH_CHUNKS: tl.constexpr,
 ):
-    """The pair of one slice of a row and the largest logit of each of its chunks; no loop, so all loads are in flight."""
+    """The pair of one slice of a row and the largest logit of each of its chunks; no loop: all loads are in flight."""
     row = (tl.program_id(0) // slices).to(tl.int64)
     part = tl.program_id(0) % slices
     chunk = part * (SLICE // CHUNK) + tl.arange(0, SLICE // CHUNK)
@@ -68,7 +68,7 @@ def ranked_chunks(chunk_peaks, row, first, chunks, peak, need, forced, CHUNK: tl
     return index, passing, tl.cumsum(passing.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices", "chunks"])
 def count_candidates(
     policy,  # [T, columns]
     stride: tl.int64,
@@ -122,7 +122,7 @@ def count_candidates(
     tl.store(place, count.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def write_candidates(
     policy,  # [T, columns]
     policy_stride: tl.int64,
@@ -169,7 +169,7 @@ def write_candidates(
             entry += tl.sum(chosen.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def gather_logprob(
     logits,  # [T, columns]
     stride: tl.int64,
@@ -192,7 +192,7 @@ def gather_logprob(
     tl.store(norm + row * 2 + 1, log_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def logprob_gradient(
     grad,  # float32 [T]
     logits,  # [T, columns]
@@ -223,7 +223,7 @@ def logprob_gradient(
         tl.store(place, slope.to(out.dtype.element_ty), mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "first_column"])
 def fold_block(
     policy,  # float32 [rows, stride >= columns]: rows first_row .. of columns first_column ..
     reward,

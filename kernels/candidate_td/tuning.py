@@ -1,8 +1,8 @@
 """Sizes of tiles and blocks, with the reason beside each."""
 
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 2048
-"""Backend cpu: largest block of logits of the linear variant, 8 MiB a side in float32, consumed while the last cache holds
-it."""
+"""Backend cpu: largest block of logits of the linear variant, 8 MiB a side in float32, consumed while the last cache
+holds it."""
 
 WIDENED_ELEMENTS = 2**22
 """Backend cpu: most elements of a block of hidden states or weights, so that the float32 copies of half types stay
