@@ -2,7 +2,7 @@
 
 Pairs (peak, total) are those of `prmfast.kernels.common.triton_math`. inverse is 1 / temperature, scale is that times
 log2(e); forced is the id that joins a row's candidates, -1 for none. A row has ``slices`` slices of SLICE columns and
-``chunks`` chunks of CHUNK columns, the last ones shorter. Such counts are not specialised: 1 would be another compilation.
+``chunks`` chunks of CHUNK columns, the last ones shorter; such counts are not specialised, as 1 would be compiled anew.
 """
 
 import triton

@@ -54,7 +54,7 @@ def _product(hidden: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
     out = scratch[: shape[0] * shape[1]].view(shape)
     if hidden.dtype == torch.float32:
         return torch.mm(hidden, weight, out=out)
-    if hidden.is_cuda:
+    if hidden.is_cuda and torch.version.hip is None:
         return torch.mm(hidden, weight, out_dtype=torch.float32, out=out)
     return torch.mm(hidden.float(), weight.float(), out=out)
 

@@ -12,7 +12,7 @@ SLICE, SLICE_WARPS = 8192, 8
 """Columns of a row that one program reads: 32 a thread, all loads in flight before the first is used, no loop. It does
 not depend on T, so a row's sums have one order in every batch."""
 
-CHUNK, CHUNK_WARPS = 1024, 4
+CHUNK, CHUNK_WARPS = 1024, 8
 """Columns whose largest logit is kept, and which are read again where it passes: a maximum for every 1024 logits is
 0.1 % of the traffic, and a row's few chunks are 0.7 % of V = 151,936 each."""
 
