@@ -110,7 +110,7 @@ def check(
         assert close.all(), (name, x[~close][:3], y[~close][:3])
 
 
-@each("columns", WIDTHS, [1, 17, 1025, 8193])
+@each("columns", WIDTHS, [1, 17, 8193])
 @each_dtype
 def test_against_float64(backend: str, dtype: torch.dtype, columns: int) -> None:
     p, q, sampled = logits(1 if interpreted(backend) else 12, columns, dtype, seed=columns)
@@ -154,7 +154,7 @@ def test_one_token(backend: str, dtype: torch.dtype) -> None:
     assert found.advantage.tolist() == pytest.approx([0, 0], abs=2e-6)
 
 
-@each("size", [1, 2, 3, 7, 10, 49, 100, 1000, 10_000], [1, 10, 1000, 10_000])
+@each("size", [1, 2, 3, 7, 10, 49, 100, 1000, 10_000], [1, 10, 3000])
 @each_dtype
 def test_equal_logits_touch_p_min(backend: str, dtype: torch.dtype, size: int) -> None:
     """V equal logits have probability 1 / V exactly: all are candidates, whatever 1 / V is in binary."""
