@@ -12,7 +12,7 @@ from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.candidate_td.reference import output_dtype
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import Check
-from prmfast.ops._library import LIBRARY, once_differentiable
+from prmfast.ops._library import LIBRARY, implement, once_differentiable
 
 _Four = tuple[Tensor, ...]
 
@@ -155,10 +155,10 @@ def _token_logprob_backward(
     return out
 
 
-LIBRARY.impl("candidate_td", _candidate_td, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_candidate_td", _linear_candidate_td, "CompositeExplicitAutograd")
-LIBRARY.impl("token_logprob", _token_logprob, "CompositeExplicitAutograd")
-LIBRARY.impl("token_logprob_backward", _token_logprob_backward, "CompositeExplicitAutograd")
+implement("candidate_td", _candidate_td)
+implement("linear_candidate_td", _linear_candidate_td)
+implement("token_logprob", _token_logprob)
+implement("token_logprob_backward", _token_logprob_backward)
 
 
 def _fake_candidates(like: Tensor, dtype: torch.dtype) -> _Four:
