@@ -120,7 +120,13 @@ def explain(room: str, device: str | torch.device = "cpu", **facts: Any) -> dict
     kind = torch.device(device).type
     if kind == "cuda":
         facts = {"capability": _capability(str(device)), **facts}
-    return {backend: _refusal(room, backend, facts) for backend in _PREFERRED.get(kind, ("reference",))}
+    tried = [backend for backend in _PREFERRED.get(kind, ("reference",)) if backend in _MODULES[room]]
+    return {backend: _refusal(room, backend, facts) for backend in tried}
+
+
+def needs(room: str, backend: str) -> tuple[str, ...]:
+    """What a call must bring so that ``backend`` of ``room`` takes it, in words."""
+    return tuple(condition.rule for condition in _CONDITIONS.get((room, backend), ()))
 
 
 @functools.cache
