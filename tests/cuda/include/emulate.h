@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -380,12 +381,42 @@ inline void run_thread(Thread& t) {
   if (!failure.empty()) throw std::runtime_error("emulate: " + std::exchange(failure, {}));
 }
 
+// Threads from begin to end, round and round until all of them wait or have returned; whether any of them ran.
+inline bool run_while_ready(Thread* begin, Thread* end) {
+  bool moved = false;
+  for (bool again = true; again; moved |= again) {
+    again = false;
+    for (Thread* t = backwards ? end : begin; t != (backwards ? begin : end);) {
+      Thread& next = backwards ? *--t : *t++;
+      if (next.state != Thread::ready) continue;
+      run_thread(next);
+      again = true;
+    }
+  }
+  return moved;
+}
+
+// A warp runs as far as it can before the next one does, and so does a block of a cluster: what a barrier should have kept from
+// happening happens.
+inline bool run_warps(Block& block) {
+  const size_t count = block.threads.size(), warps = (count + 31) / 32;
+  Thread* threads = block.threads.data();
+  bool moved = false;
+  for (bool again = true; again; moved |= again) {
+    again = false;
+    for (size_t i = 0; i < warps; ++i) {
+      const size_t first = 32 * (backwards ? warps - 1 - i : i);
+      again |= run_while_ready(threads + first, threads + std::min(first + 32, count));
+    }
+  }
+  return moved;
+}
+
 inline void run_cluster(const std::vector<Index>& indices, size_t shared_bytes) {
   Cluster cluster;
   std::vector<std::unique_ptr<Block>> blocks;
   const size_t count = size_t{blockDim.x} * blockDim.y * blockDim.z;
   char* memory = stacks(count * indices.size());
-  std::vector<Thread*> order;
   for (unsigned rank = 0; rank < indices.size(); ++rank) {
     blocks.push_back(std::make_unique<Block>(&cluster, indices[rank], rank, shared_bytes, count));
     cluster.blocks.push_back(blocks.back().get());
@@ -398,21 +429,18 @@ inline void run_cluster(const std::vector<Index>& indices, size_t shared_bytes) 
       t.stack = memory;
       std::memcpy(memory, &kStackEnd, sizeof kStackEnd);
       prepare(&t.context, memory, kStackBytes, enter);
-      order.push_back(&t);
     }
   }
-  cluster.total = order.size();
+  cluster.total = count * indices.size();
+  std::vector<Block*> order = cluster.blocks;
   if (backwards) order = {order.rbegin(), order.rend()};
-  for (size_t left = order.size(); left != 0;) {
-    bool moved = false;
-    for (Thread* t : order) {
-      if (t->state != Thread::ready) continue;
-      moved = true;
-      run_thread(*t);
-      left -= t->state == Thread::done;
-    }
-    if (!moved) throw std::runtime_error("emulate: " + stuck(cluster));
+  bool moved = true;
+  while (moved) {
+    moved = false;
+    for (Block* block : order) moved |= run_warps(*block);
   }
+  for (const Block* block : cluster.blocks)
+    if (block->finished != count) throw std::runtime_error("emulate: " + stuck(cluster));
 }
 
 // The shape of a launch is checked as the device would; a failure throws std::runtime_error.
