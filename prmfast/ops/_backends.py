@@ -27,10 +27,12 @@ _MODULES: dict[str, dict[str, str]] = {
     "candidate_td": {
         "reference": "prmfast.kernels.candidate_td.reference",
         "cpu": "prmfast.ops._cpu.candidate_td",
+        "cuda": "prmfast.ops._cuda.candidate_td",
     },
     "dist_ppo": {
         "reference": "prmfast.kernels.dist_ppo.reference",
         "cpu": "prmfast.ops._cpu.dist_ppo",
+        "cuda": "prmfast.ops._cuda.dist_ppo",
     },
 }
 ROOMS = tuple(_MODULES)
@@ -52,6 +54,13 @@ _NO_FLOAT64 = Condition("dtype", "float32, bfloat16 or float16", lambda dtype: d
 _CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
     (room, backend): (_AMPERE, _NO_FLOAT64) for room in ROOMS for backend in ("cuda",)
 }
+_CONDITIONS["candidate_td", "cuda"] += (
+    Condition("p_min", "p_min >= 1 / 15: a row has 16 slots", lambda p_min: p_min >= 1 / 15),
+    Condition("op", "an op on logits (candidate_td, token_logprob)", lambda op: not op.startswith("linear")),
+)
+_CONDITIONS["dist_ppo", "cuda"] += (
+    Condition("op", "an op on logits (dist_ppo)", lambda op: not op.startswith("linear")),
+)
 """What the backends of a GPU need beyond being there; those without a line take every call."""
 
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
