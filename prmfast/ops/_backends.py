@@ -33,6 +33,7 @@ _MODULES: dict[str, dict[str, str]] = {
         "reference": "prmfast.kernels.dist_ppo.reference",
         "cpu": "prmfast.ops._cpu.dist_ppo",
         "cuda": "prmfast.ops._cuda.dist_ppo",
+        "triton": "prmfast.kernels.dist_ppo.triton_impl",
     },
 }
 ROOMS = tuple(_MODULES)
