@@ -28,6 +28,7 @@ _MODULES: dict[str, dict[str, str]] = {
         "reference": "prmfast.kernels.candidate_td.reference",
         "cpu": "prmfast.ops._cpu.candidate_td",
         "cuda": "prmfast.ops._cuda.candidate_td",
+        "triton": "prmfast.kernels.candidate_td.triton_impl",
     },
     "dist_ppo": {
         "reference": "prmfast.kernels.dist_ppo.reference",
