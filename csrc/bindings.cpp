@@ -20,6 +20,11 @@ void bind(pybind11::module_& m);
 namespace dist_ppo {
 void bind(pybind11::module_& m);
 }
+#ifdef PRMFAST_CUDA
+namespace picnn {
+void bind_cuda(pybind11::module_& m);
+}
+#endif
 }  // namespace prmfast
 
 PYBIND11_MODULE(_C, m) {
@@ -39,5 +44,7 @@ PYBIND11_MODULE(_C, m) {
   auto cuda = m.def_submodule("cuda", "Only in a build with PRMFAST_CUDA=1.");
   cuda.def("runtime_version", &prmfast::cuda::runtime_version);
   cuda.def("device_count", &prmfast::cuda::device_count);
+  auto cuda_picnn = cuda.def_submodule("picnn");
+  prmfast::picnn::bind_cuda(cuda_picnn);
 #endif
 }
