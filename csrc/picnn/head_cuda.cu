@@ -87,7 +87,7 @@ __device__ inline double weighted_sum(const float* quantiles, const double* weig
 }
 
 template <int K, bool kSplit>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     head_kernel(const __grid_constant__ Network network, const __grid_constant__ HeadCall call, int contexts) {
   float* const shared = shared_memory<float>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, warps = kThreads / 32, m = call.m;

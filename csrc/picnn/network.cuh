@@ -169,7 +169,7 @@ __device__ void make_operand(const Accumulator<K>& from, Operand<K, kSplit>& to)
     }
 }
 
-// z = W a and dz = W da; the smaller products first. Two unit tiles at a time: four sums that do not wait for each other.
+// z = W a and dz = W da; the smaller products first. Value and tangent alternate: a product does not wait for the one before it.
 template <int K, bool kSplit>
 __device__ void multiply(const Fragment<kSplit>* weights, const Operand<K, kSplit>& a, const Operand<K, kSplit>& da, Accumulator<K>& z,
                          Accumulator<K>& dz) {
@@ -180,24 +180,18 @@ __device__ void multiply(const Fragment<kSplit>* weights, const Operand<K, kSpli
 #pragma unroll
   for (int s = 0; s < K / 16; ++s)
 #pragma unroll
-    for (int j = 0; j < K / 8; j += 2) {
-      const Fragment<kSplit> one = weights[(s * (K / 8) + j) * 32], two = weights[(s * (K / 8) + j + 1) * 32];
-      const uint32_t high[2][2] = {{one.x, one.y}, {two.x, two.y}};
+    for (int j = 0; j < K / 8; ++j) {
+      const Fragment<kSplit> w = weights[(s * (K / 8) + j) * 32];
+      const uint32_t high[2] = {w.x, w.y};
       if constexpr (kSplit) {
-        const uint32_t low[2][2] = {{one.z, one.w}, {two.z, two.w}};
-        mma_bf16(z[j], a.low[s], high[0]);
-        mma_bf16(dz[j], da.low[s], high[0]);
-        mma_bf16(z[j + 1], a.low[s], high[1]);
-        mma_bf16(dz[j + 1], da.low[s], high[1]);
-        mma_bf16(z[j], a.high[s], low[0]);
-        mma_bf16(dz[j], da.high[s], low[0]);
-        mma_bf16(z[j + 1], a.high[s], low[1]);
-        mma_bf16(dz[j + 1], da.high[s], low[1]);
+        const uint32_t low[2] = {w.z, w.w};
+        mma_bf16(z[j], a.low[s], high);
+        mma_bf16(dz[j], da.low[s], high);
+        mma_bf16(z[j], a.high[s], low);
+        mma_bf16(dz[j], da.high[s], low);
       }
-      mma_bf16(z[j], a.high[s], high[0]);
-      mma_bf16(dz[j], da.high[s], high[0]);
-      mma_bf16(z[j + 1], a.high[s], high[1]);
-      mma_bf16(dz[j + 1], da.high[s], high[1]);
+      mma_bf16(z[j], a.high[s], high);
+      mma_bf16(dz[j], da.high[s], high);
     }
 }
 
@@ -246,7 +240,6 @@ template <int K, bool kSplit>
 __device__ void level_tile(const Network& network, const Fragment<kSplit>* fragments, const float* last_weight, LaneRows rows,
                            Dual (&out)[2]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, column = lane % 4 * 2;
-  const float* const tails[2] = {rows.context[0] + 3 * K * network.layers, rows.context[1] + 3 * K * network.layers};
   for (int r = 0; r < 2; ++r) rows.context[r] += column;
   const Fragment<kSplit>* weights = fragments + lane;
   Accumulator<K> z, dz;
@@ -277,7 +270,8 @@ __device__ void level_tile(const Network& network, const Fragment<kSplit>* fragm
       value = fmaf(w.y, z[j][2 * r + 1], fmaf(w.x, z[j][2 * r], value));
       gradient = fmaf(w.y, dz[j][2 * r + 1], fmaf(w.x, dz[j][2 * r], gradient));
     }
-    const float x = rows.x[r], slope = tails[r][0], offset = tails[r][1], kappa = tails[r][2];
+    const float* tail = rows.context[r] - column + 3 * K;  // the context stands at its last hidden layer
+    const float x = rows.x[r], slope = tail[0], offset = tail[1], kappa = tail[2];
     out[r].value = fmaf(0.5f * kappa, __fmul_rn(x, x), row_sum(value) + fmaf(x, slope, offset));
     out[r].gradient = fmaf(kappa, x, row_sum(gradient) + slope);
   }

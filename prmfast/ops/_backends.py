@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_WIDEST
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _MODULES: dict[str, dict[str, str]] = {
     "picnn": {
         "reference": "prmfast.kernels.picnn.reference",
         "cpu": "prmfast.ops._cpu.picnn",
+        "cuda": "prmfast.ops._cuda.picnn",
     },
     "ias": {
         "reference": "prmfast.kernels.ias.reference",
@@ -47,10 +50,16 @@ class Condition:
 
 _AMPERE = Condition("capability", "a GPU of compute capability 8.0 or newer", lambda capability: capability >= (8, 0))
 _NO_FLOAT64 = Condition("dtype", "float32, bfloat16 or float16", lambda dtype: dtype != torch.float64)
+_NARROW = Condition(
+    "widths",
+    f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",
+    lambda widths: len(widths) <= CUDA_DEEPEST and max(widths) <= CUDA_WIDEST,
+)
 
 _CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
     (room, backend): (_AMPERE, _NO_FLOAT64) for room in ROOMS for backend in ("cuda",)
 }
+_CONDITIONS["picnn", "cuda"] += (_NARROW,)
 """What the backends of a GPU need beyond being there; those without a line take every call."""
 
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

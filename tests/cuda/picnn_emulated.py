@@ -60,7 +60,7 @@ class EmulatedPicnn:
         sources = ("csrc/picnn/levels_cuda.cu", "csrc/picnn/head_cuda.cu", "tests/cuda/picnn_shim.cpp")
         self.library = build("picnn", *sources)
 
-    def Network(self, **options: Any) -> Network:  # noqa: N802
+    def Network(self, **options: Any) -> Network:
         return Network(self.library, **options)
 
     def forward(self, *, network: Network, wz: list[int], split: bool, stream: int, **call: int) -> None:

@@ -1,0 +1,102 @@
+"""Room picnn on the compiled CUDA backend: the extension runs the levels stage on tensor cores.
+
+The GEMMs of the context stage and the backward pass are those of the Triton backend.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prmfast.kernels.picnn.params import LevelOptions
+from prmfast.ops._cuda._extension import _C, stream_of
+
+
+@functools.lru_cache(maxsize=256)
+def network_of(widths: tuple[int, ...], options: LevelOptions) -> Any:
+    """The extension's description of a network; ValueError for one that is too wide or too deep for the registers."""
+    return _C.cuda.picnn.Network(
+        widths=widths,
+        softplus=options.activation == "softplus",
+        negative_slope=options.negative_slope if options.activation == "leaky_relu" else 0.0,
+        square_first=options.square_first,
+        relu_gate=options.gate == "relu",
+        curvature=options.curvature,
+        curvature_floor=options.curvature_floor,
+    )
+
+
+def contiguous_columns(rows: Tensor) -> Tensor:
+    """[B, n] with column stride 1; rows may stay strided, or be one row expanded."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def picnn_levels(
+    rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    """See the reference; float32, every level evaluated directly. precision="bfloat16" multiplies in bfloat16."""
+    del tolerance  # of interpolation
+    widths = (*(int(w.shape[1]) for w in wz), 1)
+    rows, levels, weights = contiguous_columns(rows), contiguous_columns(levels), [w.contiguous() for w in wz]
+    count, m = levels.shape
+    value, gradient = levels.new_empty(count, m), levels.new_empty(count, m)
+    with torch.cuda.device_of(rows):
+        _C.cuda.picnn.forward(
+            network=network_of(widths, options),
+            wz=[w.data_ptr() for w in weights],
+            rows=rows.data_ptr(),
+            row_stride=rows.stride(0),
+            levels=levels.data_ptr(),
+            level_stride=levels.stride(0),
+            count=count,
+            m=m,
+            split=precision != "bfloat16",
+            value=value.data_ptr(),
+            gradient=gradient.data_ptr(),
+            stream=stream_of(rows),
+        )
+    return value, gradient
+
+
+def _triton() -> ModuleType:
+    from prmfast.kernels.picnn import triton_impl
+
+    return triton_impl
+
+
+def picnn_levels_backward(
+    grads: tuple[Tensor, Tensor], rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """d rows, d levels and d wz of sum(value * grads[0] + gradient * grads[1])."""
+    out: tuple[Tensor, Tensor, list[Tensor]] = _triton().picnn_levels_backward(grads, rows, levels, wz, options=options)
+    return out
+
+
+def picnn_context(
+    context: Tensor, linears: Sequence[Tensor], scales: Sequence[Tensor], *, activations: Sequence[str]
+) -> tuple[Tensor, list[Tensor]]:
+    """Raw rows [B, P], and what each layer of the encoder makes before its activation."""
+    out: tuple[Tensor, list[Tensor]] = _triton().picnn_context(context, linears, scales, activations=activations)
+    return out
+
+
+def picnn_context_backward(
+    d_rows: Tensor,
+    context: Tensor,
+    linears: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    before: Sequence[Tensor],
+    *,
+    activations: Sequence[str],
+    context_gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """d context (empty unless wanted) and d linears."""
+    out: tuple[Tensor, list[Tensor]] = _triton().picnn_context_backward(
+        d_rows, context, linears, scales, before, activations=activations, context_gradient=context_gradient
+    )
+    return out
