@@ -21,8 +21,14 @@ namespace dist_ppo {
 void bind(pybind11::module_& m);
 }
 #ifdef PRMFAST_CUDA
-namespace picnn {
-void bind_cuda(pybind11::module_& m);
+namespace picnn::cuda {
+void bind(pybind11::module_& m);
+}
+namespace candidate_td::cuda {
+void bind(pybind11::module_& m);
+}
+namespace dist_ppo::cuda {
+void bind(pybind11::module_& m);
 }
 #endif
 }  // namespace prmfast
@@ -45,6 +51,10 @@ PYBIND11_MODULE(_C, m) {
   cuda.def("runtime_version", &prmfast::cuda::runtime_version);
   cuda.def("device_count", &prmfast::cuda::device_count);
   auto cuda_picnn = cuda.def_submodule("picnn");
-  prmfast::picnn::bind_cuda(cuda_picnn);
+  prmfast::picnn::cuda::bind(cuda_picnn);
+  auto cuda_candidate_td = cuda.def_submodule("candidate_td");
+  prmfast::candidate_td::cuda::bind(cuda_candidate_td);
+  auto cuda_dist_ppo = cuda.def_submodule("dist_ppo");
+  prmfast::dist_ppo::cuda::bind(cuda_dist_ppo);
 #endif
 }

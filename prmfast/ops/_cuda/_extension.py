@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,8 @@ if _C.cuda.device_count() == 0:
 __all__ = ["_C", "stream_of"]
 
 
-def stream_of(tensor: Tensor) -> int:
-    """The handle of torch's current stream on the tensor's device."""
-    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+@contextlib.contextmanager
+def stream_of(tensor: Tensor) -> Iterator[int]:
+    """The handle of torch's current stream on the tensor's device; launches go to that device meanwhile."""
+    with torch.cuda.device(tensor.device):
+        yield int(torch.cuda.current_stream().cuda_stream)
