@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.cuda.library import Library, build
 
+SOURCES = ("csrc/picnn/levels_cuda.cu", "csrc/picnn/head_cuda.cu", "tests/cuda/picnn_shim.cpp")
 _INT, _LONG, _BOOL = ctypes.c_int, ctypes.c_int64, ctypes.c_bool
 
 
@@ -54,11 +55,8 @@ class Network:
 class EmulatedPicnn:
     """As the module `_C.cuda.picnn`."""
 
-    MOST_LAYERS, MOST_WIDTH, MOST_HEAD_INPUTS, MOST_HEAD_LEVELS = 8, 64, 512, 1024
-
     def __init__(self) -> None:
-        sources = ("csrc/picnn/levels_cuda.cu", "csrc/picnn/head_cuda.cu", "tests/cuda/picnn_shim.cpp")
-        self.library = build("picnn", *sources)
+        self.library = build("picnn", *SOURCES)
 
     def Network(self, **options: Any) -> Network:
         return Network(self.library, **options)

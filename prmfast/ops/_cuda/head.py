@@ -20,6 +20,7 @@ from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.kernels.picnn.tuning import CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS
 from prmfast.ops._backends import resolve
 from prmfast.ops._contract import Check
+from prmfast.ops._cpu._rows import contiguous_columns
 
 LINKS = ("sigmoid", "clip")
 _CHECK = Check("ServingHead")
@@ -186,25 +187,29 @@ class _Kernel:
     def __init__(self, head: ServingHead, split: bool) -> None:
         from prmfast.ops._cuda import picnn
 
-        params = head.params
         self.stream_of, self.serve = picnn.stream_of, picnn._C.cuda.picnn.serve
+        params, device = head.params, head.levels.device
         network = picnn.network_of(params.widths, params.options)
         wz = [w.contiguous() for w in params.wz]
-        self.fragments = torch.empty(network.fragment_bytes(split), dtype=torch.uint8, device=wz[0].device)
-        self.target = torch.full((1,), head.target, dtype=torch.float64, device=wz[0].device)
-        self.held: list[Tensor] = [*wz, head.levels, head.quadrature]
+        fragments = torch.empty(network.fragment_bytes(split), dtype=torch.uint8, device=device)
+        self.target = torch.full((1,), head.target, dtype=torch.float64, device=device)
+        self.held = [*wz, fragments, head.levels, head.quadrature]
         inputs, pointers = 0, (0, 0)
         if _holds_head(params):
             weight, bias = params.heads[0][0].t().contiguous(), params.heads[0][1].contiguous()
             inputs, pointers = len(weight), (weight.data_ptr(), bias.data_ptr())
             self.held += [weight, bias]
-        shared: dict[str, Any] = {"network": network, "wz": [w.data_ptr() for w in wz], "split": split}
-        shared["fragments"] = self.fragments.data_ptr()
-        with torch.cuda.device_of(self.fragments):
-            picnn._C.cuda.picnn.prepare(**shared, stream=self.stream_of(self.fragments))
-            if self.fragments.is_cuda:
+        self.fixed: dict[str, Any] = {
+            "network": network,
+            "wz": [w.data_ptr() for w in wz],
+            "fragments": fragments.data_ptr(),
+            "split": split,
+        }
+        with self.stream_of(fragments) as stream:
+            picnn._C.cuda.picnn.prepare(**self.fixed, stream=stream)
+            if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # whichever stream serves finds them there
-        self.fixed: dict[str, Any] = shared | {
+        self.fixed |= {
             "weight": pointers[0],
             "bias": pointers[1],
             "inputs": inputs,
@@ -216,9 +221,8 @@ class _Kernel:
         }
 
     def __call__(self, rows: Tensor, targets: Tensor | None, out: Served) -> None:
-        rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-        target = self.target if targets is None else targets
-        with torch.cuda.device_of(rows):
+        rows, target = contiguous_columns(rows), self.target if targets is None else targets
+        with self.stream_of(rows) as stream:
             self.serve(
                 **self.fixed,
                 input=rows.data_ptr(),
@@ -229,5 +233,5 @@ class _Kernel:
                 quantiles=out.quantiles.data_ptr(),
                 expected=out.expected.data_ptr(),
                 budget=out.budget.data_ptr(),
-                stream=self.stream_of(rows),
+                stream=stream,
             )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prmfast.kernels.picnn.params import LevelOptions
+from prmfast.ops._cpu._rows import contiguous_columns
 from prmfast.ops._cuda._extension import _C, stream_of
 
 
@@ -31,11 +32,6 @@ def network_of(widths: tuple[int, ...], options: LevelOptions) -> Any:
     )
 
 
-def contiguous_columns(rows: Tensor) -> Tensor:
-    """[B, n] with column stride 1; rows may stay strided, or be one row expanded."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def picnn_levels(
     rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -43,9 +39,8 @@ def picnn_levels(
     del tolerance  # of interpolation
     widths = (*(int(w.shape[1]) for w in wz), 1)
     rows, levels, weights = contiguous_columns(rows), contiguous_columns(levels), [w.contiguous() for w in wz]
-    count, m = levels.shape
-    value, gradient = levels.new_empty(count, m), levels.new_empty(count, m)
-    with torch.cuda.device_of(rows):
+    value, gradient = (torch.empty(levels.shape, dtype=torch.float32, device=rows.device) for _ in range(2))
+    with stream_of(rows) as stream:
         _C.cuda.picnn.forward(
             network=network_of(widths, options),
             wz=[w.data_ptr() for w in weights],
@@ -53,12 +48,12 @@ def picnn_levels(
             row_stride=rows.stride(0),
             levels=levels.data_ptr(),
             level_stride=levels.stride(0),
-            count=count,
-            m=m,
+            count=levels.shape[0],
+            m=levels.shape[1],
             split=precision != "bfloat16",
             value=value.data_ptr(),
             gradient=gradient.data_ptr(),
-            stream=stream_of(rows),
+            stream=stream,
         )
     return value, gradient
 
