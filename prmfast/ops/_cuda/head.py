@@ -187,7 +187,7 @@ class _Kernel:
     def __init__(self, head: ServingHead, split: bool) -> None:
         from prmfast.ops._cuda import picnn
 
-        self.stream_of, self.serve = picnn.stream_of, picnn._C.cuda.picnn.serve
+        self.stream_of, self.serve = picnn.stream_of, picnn.KERNELS.serve
         params, device = head.params, head.levels.device
         network = picnn.network_of(params.widths, params.options)
         wz = [w.contiguous() for w in params.wz]
@@ -206,7 +206,7 @@ class _Kernel:
             "split": split,
         }
         with self.stream_of(fragments) as stream:
-            picnn._C.cuda.picnn.prepare(**self.fixed, stream=stream)
+            picnn.KERNELS.prepare(**self.fixed, stream=stream)
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # whichever stream serves finds them there
         self.fixed |= {

@@ -13,15 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prmfast.kernels.picnn import reference
 from prmfast.kernels.picnn.params import LevelOptions
 from prmfast.ops._cpu._rows import contiguous_columns
 from prmfast.ops._cuda._extension import _C, stream_of
+
+__all__ = [
+    "KERNELS",
+    "network_of",
+    "picnn_context",
+    "picnn_context_backward",
+    "picnn_levels",
+    "picnn_levels_backward",
+    "stream_of",
+]
+
+KERNELS: Any = _C.cuda.picnn
 
 
 @functools.lru_cache(maxsize=256)
 def network_of(widths: tuple[int, ...], options: LevelOptions) -> Any:
     """The extension's description of a network; ValueError for one that is too wide or too deep for the registers."""
-    return _C.cuda.picnn.Network(
+    return KERNELS.Network(
         widths=widths,
         softplus=options.activation == "softplus",
         negative_slope=options.negative_slope if options.activation == "leaky_relu" else 0.0,
@@ -35,13 +48,14 @@ def network_of(widths: tuple[int, ...], options: LevelOptions) -> Any:
 def picnn_levels(
     rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """See the reference; float32, every level evaluated directly. precision="bfloat16" multiplies in bfloat16."""
-    del tolerance  # of interpolation
+    """See the reference, which float64 is left to; every level is evaluated. precision="bfloat16" multiplies in it."""
+    if levels.dtype == torch.float64:
+        return reference.picnn_levels(rows, levels, wz, options=options, tolerance=tolerance, precision=precision)
     widths = (*(int(w.shape[1]) for w in wz), 1)
     rows, levels, weights = contiguous_columns(rows), contiguous_columns(levels), [w.contiguous() for w in wz]
     value, gradient = (torch.empty(levels.shape, dtype=torch.float32, device=rows.device) for _ in range(2))
     with stream_of(rows) as stream:
-        _C.cuda.picnn.forward(
+        KERNELS.forward(
             network=network_of(widths, options),
             wz=[w.data_ptr() for w in weights],
             rows=rows.data_ptr(),
