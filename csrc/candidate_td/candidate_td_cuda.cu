@@ -1,6 +1,7 @@
 #include "candidate_td/candidate_td_cuda.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "common/cuda/measure.cuh"
 
@@ -64,7 +65,8 @@ __device__ void search(const Measured& policy, int64_t row, int64_t columns, flo
       for (unsigned lanes = __ballot_sync(kAllLanes, hits != 0); lanes != 0; lanes = __ballot_sync(kAllLanes, hits != 0)) {
         const int from = __ffs(static_cast<int>(lanes)) - 1;
         const int j = hits == 0 ? 0 : __ffsll(static_cast<long long>(hits)) - 1;
-        const int offset = __shfl_sync(kAllLanes, Segment<S>::offset(j / Segment<S>::kPerVector, lane_id()) + j % Segment<S>::kPerVector, from);
+        const int own = Segment<S>::offset(j / Segment<S>::kPerVector, lane_id()) + j % Segment<S>::kPerVector;
+        const int offset = __shfl_sync(kAllLanes, own, from);
         if (lane_id() == from) hits &= hits - 1;
         const float value = widen(x[first + offset]);
         if (sum.log2_p(value, policy.scale, log2_sum) >= rule.lowest_log2_p) slots->add(static_cast<int>(first + offset), value);
@@ -75,7 +77,8 @@ __device__ void search(const Measured& policy, int64_t row, int64_t columns, flo
 
 // A warp per row: both sums, the candidates, their advantages.
 template <class S>
-__global__ void __launch_bounds__(kFindThreads) find(Measured policy, Measured reward, Shape shape, Rule rule, const int64_t* sampled, Padded out) {
+__global__ void __launch_bounds__(kFindThreads)
+    find(Measured policy, Measured reward, Shape shape, Rule rule, const int64_t* sampled, Padded out) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kFindThreads / 32) + warp_id();
   if (row >= shape.rows) return;
   const int64_t segments = segments_of(shape.columns);
@@ -146,21 +149,19 @@ __global__ void __launch_bounds__(kMeasureThreads)
   Segment<S> segment;
   S* to = out + unit.row * shape.columns + unit.first;
   const int64_t left = shape.columns - unit.first;
+  const S* x = logits + unit.row * stride;
+  const double2 known = norm[unit.row];
+  const auto factor = static_cast<float>(-weight / temperature * exp(-known.y));
   if (weight == 0) {
     segment.zero();
-    segment.store(to, left);
-    return;
+  } else {
+    segment.template load<false>(x + unit.first, left);
+    segment.become_slopes(static_cast<float>(kLog2e / temperature), static_cast<float>(known.x), factor);
   }
-  const S* x = logits + unit.row * stride;
-  segment.template load<false>(x + unit.first, left);
-  const double2 known = norm[unit.row];
-  const double scale = kLog2e / temperature;
-  const auto factor = static_cast<float>(-weight / temperature * exp(-known.y));
-  segment.become_slopes(static_cast<float>(scale), static_cast<float>(known.x), factor);
   segment.store(to, left);
   const int64_t id = ids[unit.row] - unit.first;
   __syncwarp();  // behind the vector that holds the token's element
-  if (lane_id() != 0 || id < 0 || id >= kSegment) return;
+  if (lane_id() != 0 || id < 0 || id >= kSegment || weight == 0) return;
   const double p = exp(fmin(0.0, (static_cast<double>(widen(x[unit.first + id])) - known.x) / temperature - known.y));
   narrow(static_cast<float>(weight * (1 - p) / temperature), to + id);
 }
@@ -198,7 +199,8 @@ void candidates(const Logits& policy, const Logits& reward, Shape shape, const O
                 void* workspace, const Padded& out, void* stream) {
   if (shape.rows == 0) return;
   const Measured p = measured(policy, shape, options.policy_temperature, workspace, stream);
-  const Measured q = measured(reward, shape, options.reward_temperature, static_cast<char*>(workspace) + workspace_bytes(shape), stream);
+  void* second = static_cast<char*>(workspace) + workspace_bytes(shape);
+  const Measured q = measured(reward, shape, options.reward_temperature, second, stream);
   const Rule rule{std::log2(options.p_min) - kTouch * kLog2e, options.beta};
   with_type(policy, [&](auto* x) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;

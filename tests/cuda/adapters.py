@@ -1,4 +1,4 @@
-"""The adapters of prmfast/ops/_cuda over emulated kernels: they get CPU tensors, and every byte they allocate is guarded."""
+"""The adapters of prmfast/ops/_cuda over emulated kernels: on CPU tensors, every byte they allocate guarded."""
 
 from __future__ import annotations
 

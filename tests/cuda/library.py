@@ -59,8 +59,11 @@ class Library:
         backwards: bool = False,
     ) -> Library:
         """Makes the device look like this, and forgets what was counted."""
-        shared = {80: 163, 90: 227}.get(capability, 99) * 1024 if shared_bytes is None else shared_bytes
-        self.handle.emulate_device(capability, ctypes.c_long(shared), multiprocessors, int(backwards))
+        from prmfast.kernels.common.ahead_of_time import ARCHITECTURES  # imports triton
+
+        if shared_bytes is None:
+            shared_bytes = next(a.shared_bytes for a in ARCHITECTURES if a.capability == capability)
+        self.handle.emulate_device(capability, ctypes.c_long(shared_bytes), multiprocessors, int(backwards))
         self.handle.emulate_reset()
         return self
 

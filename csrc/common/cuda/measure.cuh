@@ -42,9 +42,10 @@ __device__ inline Span within(const int64_t* ids, Span all, int64_t first) {
   return {low, end};
 }
 
-// The lane's elements that are entries, as bits.
+// The lane's elements of the segment that begins at column `first` that are entries of the row, as bits.
 template <class S>
-__device__ uint64_t elements_of(const int64_t* ids, Span inside, int64_t first) {
+__device__ uint64_t elements_within(const int64_t* ids, Span row, int64_t first) {
+  const Span inside = within(ids, row, first);
   uint64_t mine = 0;
   for (int64_t e = inside.begin; e < inside.end; ++e) {
     const auto offset = static_cast<int>(ids[e] - first);

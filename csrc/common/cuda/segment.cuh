@@ -67,11 +67,11 @@ __device__ bool aligned16(const S* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// A lane's share of a segment: vectors of 16 bytes, vector k of a lane being number 32 k + lane of the segment.
-template <class S>
+// A lane's share of a segment, or of an aligned part of one: vectors of 16 bytes, vector k of a lane being number 32 k + lane.
+template <class S, int logits = kSegment>
 struct Segment {
-  static constexpr int kPerWord = 4 / sizeof(S), kPerVector = 16 / sizeof(S), kVectors = kEach / kPerVector;
-  static constexpr int kBytes = kSegment * sizeof(S);
+  static constexpr int kElements = logits / 32, kPerWord = 4 / sizeof(S), kPerVector = 16 / sizeof(S);
+  static constexpr int kVectors = kElements / kPerVector, kBytes = logits * sizeof(S);
   uint32_t words[4 * kVectors];
 
   // Where a lane's element j = kPerVector k + i stands in the segment, and the other way round.
@@ -94,7 +94,7 @@ struct Segment {
   __device__ void load(const S* p, int64_t left) {
     const bool aligned = aligned16(p);
     const int lane = lane_id();
-    if (aligned && left >= kSegment) {
+    if (aligned && left >= logits) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) set(k, fetch<kept>(reinterpret_cast<const uint4*>(p) + 32 * k + lane));
       return;
@@ -153,8 +153,9 @@ struct Segment {
 
   // Elements of the lane whose bit is set become -inf.
   __device__ void exclude(uint64_t elements) {
+    if (elements == 0) return;
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) {
+    for (int j = 0; j < kElements; ++j) {
       if ((elements >> j & 1) == 0) continue;
       const int shift = j % kPerWord * 16;
       const uint32_t own = kPerWord == 1 ? 0xffffffffu : 0xffffu << shift;

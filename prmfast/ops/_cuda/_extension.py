@@ -11,9 +11,7 @@ from torch import Tensor
 from prmfast.ops._cpu._extension import _C
 
 if not hasattr(_C, "cuda"):
-    raise ImportError(
-        "the compiled extension was built without CUDA; build it with PRMFAST_CUDA=1 (`PRMFAST_CUDA=1 pip install -e .`)"
-    )
+    raise ImportError("the compiled extension was built without CUDA; build it with `PRMFAST_CUDA=1 pip install -e .`")
 if not torch.cuda.is_available() or torch.version.hip is not None:
     raise ImportError(f"torch {torch.__version__} sees no CUDA device")
 if _C.cuda.device_count() == 0:

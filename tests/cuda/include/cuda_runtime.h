@@ -20,6 +20,9 @@
 // There is no __shared__: shared memory comes from launch.cuh's shared_memory(), which is poisoned and guarded.
 
 using cudaStream_t = struct CUstream_st*;
+using std::isfinite;
+using std::isinf;
+using std::isnan;
 
 // --- vectors
 
