@@ -56,7 +56,8 @@ _NO_FLOAT64 = Condition("dtype", "float32, bfloat16 or float16", lambda dtype: d
 _CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
     (room, backend): (_AMPERE, _NO_FLOAT64) for room in ROOMS for backend in ("cuda",)
 }
-_CONDITIONS["picnn", "cuda"] += (
+_CONDITIONS["picnn", "cuda"] = (
+    _AMPERE,
     Condition(
         "widths",
         f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",

@@ -136,14 +136,14 @@ class ServingHead:
                 self.run(context)
 
             return Captured(context, self.run(context), again)
-        side = torch.cuda.Stream(self.levels.device)
-        side.wait_stream(torch.cuda.current_stream(self.levels.device))
-        with torch.cuda.stream(side):  # the libraries behind the GEMMs allocate on their first call
-            self.run(context)
-        torch.cuda.current_stream(self.levels.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            served = self.run(context)
+        with torch.cuda.device(self.levels.device):
+            side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # the libraries behind the GEMMs allocate on their first call
+                self.run(context)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                served = self.run(context)
         return Captured(context, served, graph.replay)
 
     def _encoded(self, context: Tensor) -> Tensor:
