@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_WIDEST
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _MODULES: dict[str, dict[str, str]] = {
     "picnn": {
         "reference": "prmfast.kernels.picnn.reference",
         "cpu": "prmfast.ops._cpu.picnn",
+        "cuda": "prmfast.ops._cuda.picnn",
     },
     "ias": {
         "reference": "prmfast.kernels.ias.reference",
@@ -56,6 +59,14 @@ _NO_FLOAT64 = Condition("dtype", "float32, bfloat16 or float16", lambda dtype: d
 _CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
     (room, backend): (_AMPERE, _NO_FLOAT64) for room in ROOMS for backend in ("cuda",)
 }
+_CONDITIONS["picnn", "cuda"] = (
+    _AMPERE,
+    Condition(
+        "widths",
+        f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",
+        lambda widths: len(widths) <= CUDA_DEEPEST and max(widths) <= CUDA_WIDEST,
+    ),
+)
 _CONDITIONS["candidate_td", "cuda"] += (
     Condition("p_min", "p_min >= 1 / 15: a row has 16 slots", lambda p_min: p_min >= 1 / 15),
     Condition("op", "an op on logits (candidate_td, token_logprob)", lambda op: not op.startswith("linear")),
