@@ -52,15 +52,15 @@ def guarded_copy(library: Library, x: Tensor, shift: int = 0) -> Tensor:
     return out
 
 
-def adapter(library: Library, room: str, **constants: int) -> ModuleType:
-    """prmfast/ops/_cuda/<room>.py with the emulated kernels in place of the extension's."""
+def adapter(library: Library, room: str, *, offers: object = None, **constants: int) -> ModuleType:
+    """prmfast/ops/_cuda/<room>.py with the emulated kernels (a `Room`, or ``offers``) in place of the extension's."""
 
     @contextlib.contextmanager
     def stream_of(_: Tensor) -> Iterator[int]:
         yield 0
 
     stub = ModuleType(_EXTENSION)
-    cuda = SimpleNamespace(**{room: Room(library, room, **constants)})
+    cuda = SimpleNamespace(**{room: offers or Room(library, room, **constants)})
     stub.__dict__.update(_C=SimpleNamespace(cuda=cuda), stream_of=stream_of)
     spec = importlib.util.spec_from_file_location(f"emulated_{room}", ROOT / "prmfast" / "ops" / "_cuda" / f"{room}.py")
     assert spec is not None
