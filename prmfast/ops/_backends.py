@@ -25,16 +25,19 @@ _MODULES: dict[str, dict[str, str]] = {
     "ias": {
         "reference": "prmfast.kernels.ias.reference",
         "cpu": "prmfast.ops._cpu.ias",
+        "triton": "prmfast.kernels.ias.triton_impl",
     },
     "candidate_td": {
         "reference": "prmfast.kernels.candidate_td.reference",
         "cpu": "prmfast.ops._cpu.candidate_td",
         "cuda": "prmfast.ops._cuda.candidate_td",
+        "triton": "prmfast.kernels.candidate_td.triton_impl",
     },
     "dist_ppo": {
         "reference": "prmfast.kernels.dist_ppo.reference",
         "cpu": "prmfast.ops._cpu.dist_ppo",
         "cuda": "prmfast.ops._cuda.dist_ppo",
+        "triton": "prmfast.kernels.dist_ppo.triton_impl",
     },
 }
 ROOMS = tuple(_MODULES)
@@ -139,7 +142,13 @@ def explain(room: str, device: str | torch.device = "cpu", **facts: Any) -> dict
     kind = torch.device(device).type
     if kind == "cuda":
         facts = {"capability": _capability(str(device)), **facts}
-    return {backend: _refusal(room, backend, facts) for backend in _PREFERRED.get(kind, ("reference",))}
+    tried = [backend for backend in _PREFERRED.get(kind, ("reference",)) if backend in _MODULES[room]]
+    return {backend: _refusal(room, backend, facts) for backend in tried}
+
+
+def needs(room: str, backend: str) -> tuple[str, ...]:
+    """What a call must bring so that ``backend`` of ``room`` takes it, in words."""
+    return tuple(condition.rule for condition in _CONDITIONS.get((room, backend), ()))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.candidate_td.reference import output_dtype
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import Check
-from prmfast.ops._library import LIBRARY, once_differentiable
+from prmfast.ops._library import LIBRARY, implement, once_differentiable
 
 _Four = tuple[Tensor, ...]
 
@@ -160,10 +160,10 @@ def _token_logprob_backward(
     return out
 
 
-LIBRARY.impl("candidate_td", _candidate_td, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_candidate_td", _linear_candidate_td, "CompositeExplicitAutograd")
-LIBRARY.impl("token_logprob", _token_logprob, "CompositeExplicitAutograd")
-LIBRARY.impl("token_logprob_backward", _token_logprob_backward, "CompositeExplicitAutograd")
+implement("candidate_td", _candidate_td)
+implement("linear_candidate_td", _linear_candidate_td)
+implement("token_logprob", _token_logprob)
+implement("token_logprob_backward", _token_logprob_backward)
 
 
 def _fake_candidates(like: Tensor, dtype: torch.dtype) -> _Four:
@@ -233,8 +233,8 @@ def candidate_td(
 
     The candidates of DistRL ([V] arXiv 2604.13197 eq. 10 and sec. 4.2): every token y that the sampling policy gives at
     least ``p_min``, with A_TD(s_t, y) = beta (log pi_phi(y|s_t) - log pi_old(y|s_t)). At most 1 / p_min a row. One pass
-    over the logits and no [T, V] temporary on backend "cpu". p >= p_min (1 - 1e-5) counts, so that rounding does not
-    decide where p_min is met exactly.
+    over the logits and no [T, V] temporary but on backend "reference". p >= p_min (1 - 1e-5) counts, so that rounding
+    does not decide where p_min is met exactly.
 
     Args:
         policy_logits: [T, V] float32 | float64 | float16 | bfloat16 of pi_old, the policy that sampled. -inf is a token
@@ -281,8 +281,8 @@ def linear_candidate_td(
 ) -> Candidates:
     """Equals ``candidate_td(policy_hidden @ policy_weight.T, reward_hidden @ reward_weight.T)``, no [T, V] tensor made.
 
-    Logits are made and consumed in chunks of the vocabulary on backend "cpu". Half types are storage: their products
-    are summed in float32 and never rounded to the half type.
+    Logits are made and consumed in chunks of the vocabulary but on backend "reference". Half types are storage: their
+    products are summed in float32 and never rounded to the half type.
 
     Args:
         policy_hidden: [T, d] float32 | float64 | float16 | bfloat16, last hidden states of pi_old.

@@ -13,7 +13,7 @@ from prmfast.kernels.dist_ppo.reference import Rule
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import Check
 from prmfast.ops._dist_ppo_checks import check_all, check_layer, check_out, check_rows
-from prmfast.ops._library import LIBRARY, once_differentiable
+from prmfast.ops._library import LIBRARY, implement, once_differentiable
 
 _RULE = "Tensor[] candidates, Tensor? row_weight, float[] rule, str backend"
 _STATE = "Tensor offsets, Tensor token_ids, Tensor lse, Tensor coefficients, float temperature"
@@ -169,7 +169,7 @@ for _name, _function in (
     ("linear_dist_ppo", _linear),
     ("linear_dist_ppo_backward", _linear_backward),
 ):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    implement(_name, _function)
 
 
 # --- shapes without values

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prmfast._ranges import nvtx
 from prmfast.kernels.picnn import reference
 from prmfast.kernels.picnn.params import (
     ACTIVATIONS,
@@ -21,7 +22,7 @@ from prmfast.kernels.picnn.params import (
 from prmfast.kernels.picnn.reference import context_stage
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import FLOATS, Check
-from prmfast.ops._library import LIBRARY, once_differentiable
+from prmfast.ops._library import LIBRARY, implement, once_differentiable
 
 _HALVES = (torch.float16, torch.bfloat16)
 _N_OPTIONS = len(LevelOptions._fields)
@@ -123,7 +124,7 @@ for _name, _function in (
     ("picnn_network", _network),
     ("picnn_network_backward", _network_backward),
 ):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    implement(_name, _function)
 
 
 @torch.library.register_fake("prmfast::picnn_levels", lib=LIBRARY)
@@ -325,7 +326,8 @@ def picnn_map(
         precision,
     )
     if _is_plain_call((call.context, call.levels, *linears, *wz)):
-        value, gradient, _, _ = _network(*arguments, backend)
+        with nvtx("prmfast::picnn_network"):
+            value, gradient, _, _ = _network(*arguments, backend)
         return value, gradient
     out = torch.ops.prmfast.picnn_network(*arguments, backend)
     return out[0], out[1]

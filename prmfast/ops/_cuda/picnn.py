@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.kernels.picnn import reference
 from prmfast.kernels.picnn.params import LevelOptions
-from prmfast.ops._cpu._rows import contiguous_columns
 from prmfast.ops._cuda._extension import _C, stream_of
 
 __all__ = [
