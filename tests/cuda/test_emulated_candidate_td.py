@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from types import ModuleType
@@ -107,6 +108,13 @@ def test_equal_logits_touch_p_min(cuda: ModuleType, library: Library, dtype: tor
         assert found.advantage.tolist() == 2 * size * [0.0]
         if size > 1:
             assert len(run(cuda, library, x, x, p_min=1.001 / size).token_ids) == 0
+
+
+def test_a_hair_below_p_min_counts(cuda: ModuleType, library: Library) -> None:
+    """Rows of p = 0.1 (1 - 5e-6), which rounding may have made of 0.1, and of 0.1 (1 - 2e-5)."""
+    p = torch.tensor([0.1 * (1 - 5e-6), 0.1 * (1 - 2e-5)], dtype=torch.float64)
+    x = torch.stack([torch.zeros(2, dtype=torch.float64), (p / (1 - p)).log()], 1).float()
+    assert run(cuda, library, x, x).offsets.tolist() == [0, 2, 3]
 
 
 @each_dtype
@@ -257,8 +265,6 @@ def test_rows_of_weight_zero_are_zeros_and_rows_alone_have_the_same_bits(cuda: M
 
 
 def test_the_signatures_are_the_references(cuda: ModuleType) -> None:
-    import inspect
-
     for name in ("candidate_td", "linear_candidate_td", "token_logprob", "token_logprob_backward"):
         assert (
             inspect.signature(getattr(cuda, name)).parameters == inspect.signature(getattr(reference, name)).parameters

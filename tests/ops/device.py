@@ -42,6 +42,16 @@ def moved(value: Any, device: str) -> Any:
     return value
 
 
+def answered(op: Callable[..., Any], *args: Any, backend: str, **kwargs: Any) -> Any:
+    """``op`` of ``backend``, or of what auto takes where that says that it does not take such a call."""
+    try:
+        return op(*args, backend=backend, **kwargs)
+    except ValueError as error:
+        if "does not take this call" not in str(error):
+            raise
+    return op(*args, backend="auto", **kwargs)
+
+
 def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
     """``op`` for CPU tensors, whatever device its ``backend`` runs on."""
 
@@ -50,7 +60,7 @@ def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
         if not (GPU and backend in GPU_BACKENDS):
             return op(*args, backend=backend, **kwargs)
         args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
-        return moved(op(*args, backend=backend, **kwargs), "cpu")
+        return moved(answered(op, *args, backend=backend, **kwargs), "cpu")
 
     return call
 
@@ -67,7 +77,7 @@ def on_device_into(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
         there = moved(first, "cuda")
         target = there if out is first else moved(out, "cuda")
         args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
-        loss, written = op(there, *args, out=target, backend=backend, **kwargs)
+        loss, written = answered(op, there, *args, out=target, backend=backend, **kwargs)
         return loss.cpu(), written.cpu() if out is None else out.copy_(written)
 
     return call

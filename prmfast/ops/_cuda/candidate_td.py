@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.candidate_td.reference import linear_candidate_td, output_dtype, row_error
-from prmfast.ops._cpu._rows import contiguous_columns
+from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.ops._cuda._extension import _C, stream_of
 
 __all__ = ["candidate_td", "linear_candidate_td", "padded", "token_logprob", "token_logprob_backward"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prmfast.kernels.candidate_td.candidates import Candidates
+from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.kernels.dist_ppo.reference import Rule, empty_like, linear_dist_ppo, linear_dist_ppo_backward
-from prmfast.ops._cpu._rows import contiguous_columns
 from prmfast.ops._cuda._extension import _C, stream_of
 
 __all__ = [

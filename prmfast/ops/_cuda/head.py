@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.kernels.ias import reference as ias
 from prmfast.kernels.picnn import reference
 from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.kernels.picnn.tuning import CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS
 from prmfast.ops._backends import resolve
 from prmfast.ops._contract import Check
-from prmfast.ops._cpu._rows import contiguous_columns
 
 LINKS = ("sigmoid", "clip")
 _CHECK = Check("ServingHead")

@@ -1,8 +1,6 @@
 // Runs kernels on the CPU: every thread is a fiber, all in one OS thread; see ../README.md.
 #pragma once
 #include <signal.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -14,9 +12,8 @@
 #include <utility>
 #include <vector>
 
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
+#include "fiber.h"
+#include "guarded.h"
 
 namespace emulate {
 
@@ -46,89 +43,6 @@ struct Launched {
   size_t shared_bytes;
 };
 inline std::vector<Launched> launches;
-
-// --- fibers
-
-#ifdef __x86_64__
-struct Context {
-  void* stack_pointer = nullptr;
-};
-__attribute__((naked, noinline)) inline void switch_context(Context*, Context*) {
-  asm volatile(
-      "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
-      "movq %rsp, (%rdi)\n movq (%rsi), %rsp\n"
-      "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
-}
-inline void prepare(Context* context, char* stack, size_t bytes, void (*entry)()) {
-  auto top = reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15};
-  auto* frame = reinterpret_cast<uintptr_t*>(top) - 8;  // six registers, the entry, and what keeps the ABI's alignment
-  std::memset(frame, 0, 8 * sizeof *frame);
-  frame[6] = reinterpret_cast<uintptr_t>(entry);
-  context->stack_pointer = frame;
-}
-#else
-struct Context {
-  ucontext_t state;
-};
-inline void switch_context(Context* from, Context* to) { swapcontext(&from->state, &to->state); }
-inline void prepare(Context* context, char* stack, size_t bytes, void (*entry)()) {
-  getcontext(&context->state);
-  context->state.uc_stack.ss_sp = stack;
-  context->state.uc_stack.ss_size = bytes;
-  makecontext(&context->state, entry, 0);
-}
-#endif
-
-constexpr size_t kStackBytes = 128 * 1024;
-constexpr uint64_t kStackEnd = 0x5afe5afe5afe5afeull;
-
-inline char* stacks(size_t count) {  // mapped once, grows only
-  static char* memory = nullptr;
-  static size_t held = 0;
-  if (count > held) {
-    if (memory != nullptr) munmap(memory, held * kStackBytes);
-    void* got = mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (got == MAP_FAILED) throw std::runtime_error("emulate: no memory for stacks");
-    memory = static_cast<char*>(got);
-    held = count;
-  }
-  return memory;
-}
-
-// --- memory that faults right behind its end
-
-class Guarded {
- public:
-  explicit Guarded(size_t bytes, size_t alignment = 16) : bytes_(bytes) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-    inner_ = (rounded + page) / page * page;  // at least one byte to spare in front
-    mapped_ = inner_ + 2 * page;
-    base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED) throw std::runtime_error("emulate: no memory");
-    mprotect(base_ + page, inner_, PROT_READ | PROT_WRITE);
-    std::memset(base_ + page, 0xff, inner_);  // NaN in every floating type
-    data_ = base_ + page + inner_ - rounded;
-    first_ = base_ + page;
-  }
-  Guarded(const Guarded&) = delete;
-  ~Guarded() { munmap(base_, mapped_); }
-  char* data() const { return data_; }
-  size_t bytes() const { return bytes_; }
-  void revoke() { mprotect(first_, inner_, PROT_NONE); }
-  bool holds(const void* p) const { return p >= base_ && p < base_ + mapped_; }
-  bool intact() const {  // in front of the data, and between its end and the next aligned address
-    for (const char* p = first_; p < data_; ++p)
-      if (*p != static_cast<char>(0xff)) return false;
-    for (const char* p = data_ + bytes_; p < first_ + inner_; ++p)
-      if (*p != static_cast<char>(0xff)) return false;
-    return true;
-  }
-
- private:
-  size_t bytes_, inner_ = 0, mapped_ = 0;
-  char *base_ = nullptr, *first_ = nullptr, *data_ = nullptr;
-};
 
 // --- threads, blocks, clusters
 
