@@ -18,6 +18,7 @@ _MODULES: dict[str, dict[str, str]] = {
     "picnn": {
         "reference": "prmfast.kernels.picnn.reference",
         "cpu": "prmfast.ops._cpu.picnn",
+        "triton": "prmfast.kernels.picnn.triton_impl",
     },
     "ias": {
         "reference": "prmfast.kernels.ias.reference",
