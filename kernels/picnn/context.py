@@ -14,7 +14,8 @@ from prmfast.kernels.picnn.reference import context_activation
 class Product(Protocol):
     """a [m, k] @ b [n, k].T + bias [n]."""
 
-    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product [m, n]."""
 
 
 def torch_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Room picnn on GPUs, and in Triton's interpreter: the kernels run the levels stage, torch the GEMMs of the context stage.
+"""Room picnn on GPUs, and in Triton's interpreter: kernels run the levels stage, torch the GEMMs of the context stage.
 
 float64 goes to plain torch on the same device. The context stage is that of `prmfast.kernels.picnn.context`.
 """
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from prmfast.kernels.common.launch import INTERPRETED, Variant, check_device, pointers_of
 from prmfast.kernels.picnn import adjoint, reference, tuning
+from prmfast.kernels.picnn import triton_kernels as kernels
 from prmfast.kernels.picnn.context import picnn_context, picnn_context_backward
 from prmfast.kernels.picnn.params import CoefficientLayout, LevelOptions
-from prmfast.kernels.picnn.triton_backward import adjoint_points
-from prmfast.kernels.picnn.triton_kernels import forward_points, keep_order, pack_weights
 
 __all__ = ["picnn_context", "picnn_context_backward", "picnn_levels", "picnn_levels_backward", "variants"]
 
@@ -28,32 +27,18 @@ def picnn_levels(
 ) -> tuple[Tensor, Tensor]:
     """See the reference; every level is evaluated, whatever the tolerance."""
     if levels.dtype == torch.float64:
-        return reference.picnn_levels(
-            rows, levels, wz, options=options, tolerance=tolerance, precision=precision
-        )
+        return reference.picnn_levels(rows, levels, wz, options=options, tolerance=tolerance, precision=precision)
     check_device((rows, levels, *wz))
     value, gradient = levels.new_empty(levels.shape), levels.new_empty(levels.shape)
     if levels.numel() == 0:
         return value, gradient
-    count, m = levels.shape
     network = _Network(tuple(int(w.shape[1]) for w in wz), options)
-    rows, packed = rows.contiguous(), _pack(network, wz)
-    raw = gradient if m == 1 else torch.empty_like(gradient)
-    _forward(network, packed, (rows, levels), (value, raw), None, tuning.PASSES[precision])
-    if m > 1:
-        blocks = _order_blocks(m)
-        keep_order[(count * triton.cdiv(m, blocks["BLOCK"]),)](
-            levels,
-            raw,
-            packed.convex,
-            gradient,
-            m,
-            *levels.stride(),
-            len(packed.convex),
-            FLAGS=triton.next_power_of_2(len(packed.convex)),
-            **blocks,
-            num_warps=tuning.ORDER_WARPS,
-        )
+    with torch.cuda.device_of(levels):
+        packed = _pack(network, wz)
+        raw = gradient if levels.shape[1] == 1 else torch.empty_like(gradient)
+        _forward(network, packed, (rows.contiguous(), levels), (value, raw), None, tuning.PASSES[precision])
+        if levels.shape[1] > 1:
+            _keep_order(levels, raw, packed.convex, gradient)
     return value, gradient
 
 
@@ -68,16 +53,16 @@ def picnn_levels_backward(
         return torch.zeros_like(rows), levels.new_empty(levels.shape), [torch.zeros_like(w) for w in wz]
     count, m = levels.shape
     network = _Network(tuple(int(w.shape[1]) for w in wz), options)
-    packed = _pack(network, wz)
-    rows, by_value, by_gradient = rows.contiguous(), grads[0].contiguous(), grads[1].contiguous()
+    given = (grads[0].contiguous(), grads[1].contiguous(), rows.contiguous(), levels)
     d_rows, d_levels = rows.new_empty(rows.shape), levels.new_empty(levels.shape)
     d_wz: list[Tensor] = []
     together = tuning.contexts_of_a_tape(len(wz) * network.units, m)
-    for start in range(0, count, together):
-        part = slice(start, start + together)
-        own = (by_value[part], by_gradient[part], rows[part], levels[part])
-        d_rows[part], d_levels[part], sums = _backward_of_part(network, packed, own)
-        d_wz = sums if start == 0 else [total.add_(more) for total, more in zip(d_wz, sums, strict=True)]
+    with torch.cuda.device_of(levels):
+        packed = _pack(network, wz)
+        for start in range(0, count, together):
+            part = slice(start, start + together)
+            d_rows[part], d_levels[part], sums = _backward_of_part(network, packed, [t[part] for t in given])
+            d_wz = [total.add_(more) for total, more in zip(d_wz, sums, strict=True)] if d_wz else sums
     return d_rows, d_levels, [total[: w.shape[0], : w.shape[1]].contiguous() for total, w in zip(d_wz, wz, strict=True)]
 
 
@@ -92,8 +77,8 @@ def _forward(
     """Launches the forward kernel on (rows, levels): to ``out``, or to the tape where there is one."""
     rows, levels = given
     count, m = levels.shape
-    tile = tuning.forward_tile(network.units, m) if tape is None else tuning.tile(network.units)
-    forward_points[(_programs(tile, count, m),)](
+    tile = tuning.forward_tile(network.units, m, keep=tape is not None)
+    kernels.forward_points[(_programs(tile, count, m),)](
         rows,
         levels,
         packed.parts,
@@ -113,18 +98,18 @@ def _forward(
 
 
 def _backward_of_part(
-    network: _Network, packed: _Packed, arguments: tuple[Tensor, Tensor, Tensor, Tensor]
+    network: _Network, packed: _Packed, given: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """d rows, d levels and d wz (padded to whole tiles) of some contexts: (grads, rows, levels)."""
-    by_value, by_gradient, rows, levels = arguments
+    """d rows, d levels and d wz (padded to whole tiles) of some contexts; given: both gradients, rows and levels."""
+    by_value, by_gradient, rows, levels = given
     count, m = levels.shape
-    tile = tuning.tile(network.units)
+    tile = tuning.adjoint_tile()
     chunks = triton.cdiv(m, _together(tile, m))
     points = count * m
     tape = rows.new_empty(len(network.widths), 4 * points, network.units)
     _forward(network, packed, (rows, levels), (tape, tape), tape, tuning.EXACT_PASSES)
     d_rows, d_levels = rows.new_empty(count, chunks, rows.shape[1]), levels.new_empty(levels.shape)
-    adjoint_points[(_programs(tile, count, m),)](
+    kernels.adjoint_points[(_programs(tile, count, m),)](
         by_value,
         by_gradient,
         rows,
@@ -211,7 +196,7 @@ def _pack(network: _Network, wz: Sequence[Tensor]) -> _Packed:
     programs = layers * units // tuning.PACKED_ROWS
     convex = weights.new_empty(programs, dtype=torch.int32)
     packed = _Packed(parts, weights.new_empty(units), convex)
-    pack_weights[(programs,)](weights, *packed, **network.packing(), num_warps=tuning.PACK_WARPS)
+    kernels.pack_weights[(programs,)](weights, *packed, **network.packing(), num_warps=tuning.PACK_WARPS)
     return packed
 
 
@@ -225,6 +210,24 @@ def _programs(tile: tuning.Tile, count: int, m: int) -> int:
     return math.ceil(count / (tile.block // together)) * math.ceil(m / together)
 
 
+def _keep_order(levels: Tensor, raw: Tensor, convex: Tensor, gradient: Tensor) -> None:
+    """Launches the kernel of that name: from raw to gradient."""
+    count, m = levels.shape
+    blocks = _order_blocks(m)
+    kernels.keep_order[(count * triton.cdiv(m, blocks["BLOCK"]),)](
+        levels,
+        raw,
+        convex,
+        gradient,
+        m,
+        *levels.stride(),
+        len(convex),
+        FLAGS=triton.next_power_of_2(len(convex)),
+        **blocks,
+        num_warps=tuning.ORDER_WARPS,
+    )
+
+
 def _order_blocks(m: int) -> dict[str, int]:
     """Levels a program puts in order, and levels that it compares them with at a time."""
     size = min(tuning.ORDER_BLOCK, max(16, triton.next_power_of_2(m)))
@@ -232,7 +235,7 @@ def _order_blocks(m: int) -> dict[str, int]:
 
 
 def variants() -> Iterator[Variant]:
-    """What is launched for networks of every padded width, the tiles of few and of many levels, and each option once."""
+    """What is launched for networks of every padded width, tiles of few and of many levels, and each option once."""
     softplus, leaky = LevelOptions(curvature=True), LevelOptions("leaky_relu", square_first=True, gate="relu")
     cases = [
         (_Network(widths, options), m)
@@ -252,11 +255,11 @@ def variants() -> Iterator[Variant]:
     network = cases[0][0]
     yield _forward_variant(network, 100, 1, keep=False)
     types = {"weights": "*fp32", "packed": "*bf16", "last": "*fp32", "convex": "*i32"}
-    yield _variant(pack_weights, types, network.packing() | {"EMULATED": False}, tuning.PACK_WARPS)
+    yield _variant(kernels.pack_weights, types, network.packing() | {"EMULATED": False}, tuning.PACK_WARPS)
     types = {"levels": "*fp32", "gradient": "*fp32", "convex": "*i32", "ordered": "*fp32", "m": "i32"}
     types |= {"level_stride": "i64", "level_step": "i64", "flags": "i32"}
     for m in (11, 100, 1000):
-        yield _variant(keep_order, types, {"FLAGS": 16} | _order_blocks(m), tuning.ORDER_WARPS)
+        yield _variant(kernels.keep_order, types, {"FLAGS": 16} | _order_blocks(m), tuning.ORDER_WARPS)
 
 
 _POINT_TYPES = {
@@ -274,18 +277,18 @@ _POINT_TYPES = {
 
 
 def _forward_variant(network: _Network, m: int, passes: int, *, keep: bool) -> Variant:
-    tile = tuning.tile(network.units) if keep else tuning.forward_tile(network.units, m)
+    tile = tuning.forward_tile(network.units, m, keep=keep)
     types = _POINT_TYPES | dict.fromkeys(("value", "gradient", "tape"), "*fp32")
     constants = network.constants(tile, m) | {"PASSES": passes, "KEEP": keep, "EMULATED": False}
-    return _variant(forward_points, types, constants, tile.warps)
+    return _variant(kernels.forward_points, types, constants, tile.warps)
 
 
 def _adjoint_variant(network: _Network, m: int) -> Variant:
-    tile = tuning.tile(network.units)
+    tile = tuning.adjoint_tile()
     outputs = ("grad_value", "grad_gradient", "tape", "d_rows", "d_levels")
     types = _POINT_TYPES | dict.fromkeys(outputs, "*fp32")
     constants = network.constants(tile, m) | {"PASSES": tuning.EXACT_PASSES, "EMULATED": False}
-    return _variant(adjoint_points, types, constants, tile.warps)
+    return _variant(kernels.adjoint_points, types, constants, tile.warps)
 
 
 def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Variant:

@@ -10,16 +10,22 @@ LEAST_SIDE = 64
 LEAST_PRODUCT = 1 << 22
 """AMX: multiply-adds of such a product; below, packing costs more than the tiles save."""
 
-WIDEST = 128
-"""Triton: units of the widest layer; a tile of twice as many does not fit into registers."""
+CUDA_WIDEST, CUDA_DEEPEST = 64, 8
+"""Width and number of hidden layers: value and tangent of a row stay in registers, all weights in shared memory."""
+
+CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS = 512, 1024
+"""Of the serving head: inputs of an affine head that its launch holds, and levels whose quantiles a block keeps."""
+
+TRITON_WIDEST = 128
+"""Units of the widest layer: at 256, one row of a product takes every register that a thread has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Points and warps of a program; stacked: value and tangent go through a product as one matrix of 2 block rows.
+    """Points and warps of a Triton program; stacked: value and tangent go through a product as one matrix.
 
-    A warp of tensor cores holds 16 rows of a product and all their columns: value and tangent of 16 points are 64 registers
-    a thread at 64 columns. Stacked, a warp has one of the two.
+    A warp of tensor cores holds 16 rows of a product and all their columns: value and tangent of 16 points are 64
+    registers a thread at 64 columns. Stacked, a warp has one of the two.
     """
 
     block: int
@@ -27,23 +33,28 @@ class Tile:
     stacked: bool
 
 
-_WHOLE, _STACKED, _WIDE = Tile(64, 4, False), Tile(32, 4, True), Tile(16, 4, True)
+_WHOLE, _STACKED, _SMALL = Tile(64, 4, False), Tile(32, 4, True), Tile(16, 4, True)
 
 
-def tile(units: int) -> Tile:
-    """Where every point has its own coefficients, and in the backward pass. Wide layers: 32 rows, so every product is made
-    twice, but nothing spills.
+def forward_tile(units: int, m: int, *, keep: bool) -> Tile:
+    """Many levels share one row of coefficients a tile: that leaves registers for value and tangent of 16 points a warp.
+
+    Not so where every point has its own coefficients, or the tape is kept: stacked. Layers of more than 64 units: half
+    as many points, and two warps make the same products, but nothing spills.
     """
-    return _STACKED if units <= 64 else _WIDE
+    if units > 64:
+        return _SMALL
+    return _WHOLE if m > _STACKED.block and not keep else _STACKED
 
 
-def forward_tile(units: int, m: int) -> Tile:
-    """Many levels share one row of coefficients a tile, which leaves registers for value and tangent of 16 points a warp."""
-    return _WHOLE if units <= 64 and m > _STACKED.block else tile(units)
+def adjoint_tile() -> Tile:
+    """Seven numbers a unit are alive where the forward pass has four; a training step has few points and many cores."""
+    return _SMALL
 
 
 PASSES, EXACT_PASSES = {"float32": 3, "bfloat16": 1}, 6
-"""bfloat16 products that make up one of the network. Gradients of weights are sums that cancel: float32's own accuracy."""
+"""bfloat16 products that make up one of the network. Gradients of weights are sums that cancel: they get float32's own
+accuracy."""
 
 TAPE_BYTES = 1 << 28
 """Largest tape of a backward pass with its inputs; more contexts take turns."""

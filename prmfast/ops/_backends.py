@@ -12,25 +12,33 @@ from typing import Any
 
 import torch
 
+from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_WIDEST, TRITON_WIDEST
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _MODULES: dict[str, dict[str, str]] = {
     "picnn": {
         "reference": "prmfast.kernels.picnn.reference",
         "cpu": "prmfast.ops._cpu.picnn",
+        "cuda": "prmfast.ops._cuda.picnn",
         "triton": "prmfast.kernels.picnn.triton_impl",
     },
     "ias": {
         "reference": "prmfast.kernels.ias.reference",
         "cpu": "prmfast.ops._cpu.ias",
+        "triton": "prmfast.kernels.ias.triton_impl",
     },
     "candidate_td": {
         "reference": "prmfast.kernels.candidate_td.reference",
         "cpu": "prmfast.ops._cpu.candidate_td",
+        "cuda": "prmfast.ops._cuda.candidate_td",
+        "triton": "prmfast.kernels.candidate_td.triton_impl",
     },
     "dist_ppo": {
         "reference": "prmfast.kernels.dist_ppo.reference",
         "cpu": "prmfast.ops._cpu.dist_ppo",
+        "cuda": "prmfast.ops._cuda.dist_ppo",
+        "triton": "prmfast.kernels.dist_ppo.triton_impl",
     },
 }
 ROOMS = tuple(_MODULES)
@@ -52,6 +60,25 @@ _NO_FLOAT64 = Condition("dtype", "float32, bfloat16 or float16", lambda dtype: d
 _CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
     (room, backend): (_AMPERE, _NO_FLOAT64) for room in ROOMS for backend in ("cuda",)
 }
+_CONDITIONS["picnn", "cuda"] = (
+    _AMPERE,
+    Condition(
+        "widths",
+        f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",
+        lambda widths: len(widths) <= CUDA_DEEPEST and max(widths) <= CUDA_WIDEST,
+    ),
+)
+_CONDITIONS["picnn", "triton"] = (
+    _AMPERE,
+    Condition("widths", f"hidden layers at most {TRITON_WIDEST} wide", lambda widths: max(widths) <= TRITON_WIDEST),
+)
+_CONDITIONS["candidate_td", "cuda"] += (
+    Condition("p_min", "p_min >= 1 / 15: a row has 16 slots", lambda p_min: p_min >= 1 / 15),
+    Condition("op", "an op on logits (candidate_td, token_logprob)", lambda op: not op.startswith("linear")),
+)
+_CONDITIONS["dist_ppo", "cuda"] += (
+    Condition("op", "an op on logits (dist_ppo)", lambda op: not op.startswith("linear")),
+)
 """What the backends of a GPU need beyond being there; those without a line take every call."""
 
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -120,7 +147,13 @@ def explain(room: str, device: str | torch.device = "cpu", **facts: Any) -> dict
     kind = torch.device(device).type
     if kind == "cuda":
         facts = {"capability": _capability(str(device)), **facts}
-    return {backend: _refusal(room, backend, facts) for backend in _PREFERRED.get(kind, ("reference",))}
+    tried = [backend for backend in _PREFERRED.get(kind, ("reference",)) if backend in _MODULES[room]]
+    return {backend: _refusal(room, backend, facts) for backend in tried}
+
+
+def needs(room: str, backend: str) -> tuple[str, ...]:
+    """What a call must bring so that ``backend`` of ``room`` takes it, in words."""
+    return tuple(condition.rule for condition in _CONDITIONS.get((room, backend), ()))
 
 
 @functools.cache

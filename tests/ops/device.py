@@ -20,9 +20,12 @@ GPU = torch.cuda.is_available()
 GPU_BACKENDS = ("triton", "cuda")
 
 
-def backends(room: str) -> tuple[str, ...]:
-    """Every backend of ``room`` that runs on this machine, the reference first."""
-    here = ops.available(room, "cpu")
+def backends(room: str, *, interpreted: bool = True) -> tuple[str, ...]:
+    """Every backend of ``room`` that runs on this machine, the reference first.
+
+    interpreted: with Triton in its interpreter too, which takes a millisecond for an operation of a program.
+    """
+    here = tuple(b for b in ops.available(room, "cpu") if interpreted or b != "triton")
     return here + tuple(b for b in ops.available(room, "cuda") if GPU and b not in here)
 
 
@@ -39,6 +42,16 @@ def moved(value: Any, device: str) -> Any:
     return value
 
 
+def answered(op: Callable[..., Any], *args: Any, backend: str, **kwargs: Any) -> Any:
+    """``op`` of ``backend``, or of what auto takes where that says that it does not take such a call."""
+    try:
+        return op(*args, backend=backend, **kwargs)
+    except ValueError as error:
+        if "does not take this call" not in str(error):
+            raise
+    return op(*args, backend="auto", **kwargs)
+
+
 def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
     """``op`` for CPU tensors, whatever device its ``backend`` runs on."""
 
@@ -47,13 +60,32 @@ def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
         if not (GPU and backend in GPU_BACKENDS):
             return op(*args, backend=backend, **kwargs)
         args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
-        return moved(op(*args, backend=backend, **kwargs), "cpu")
+        return moved(answered(op, *args, backend=backend, **kwargs), "cpu")
+
+    return call
+
+
+def on_device_into(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`on_device` for an op that writes into ``out``, which may be its first argument: what it wrote is copied back."""
+
+    @functools.wraps(op)
+    def call(
+        first: Any, *args: Any, out: Tensor | None = None, backend: str = "auto", **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not (GPU and backend in GPU_BACKENDS):
+            return op(first, *args, out=out, backend=backend, **kwargs)
+        there = moved(first, "cuda")
+        target = there if out is first else moved(out, "cuda")
+        args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
+        loss, written = answered(op, there, *args, out=target, backend=backend, **kwargs)
+        return loss.cpu(), written.cpu() if out is None else out.copy_(written)
 
     return call
 
 
 candidate_td = on_device(ops.candidate_td)
 dist_ppo_loss = on_device(ops.dist_ppo_loss)
+dist_ppo_loss_and_grad = on_device_into(ops.dist_ppo_loss_and_grad)
 ias_allocate = on_device(ops.ias_allocate)
 ias_budget = on_device(ops.ias_budget)
 ias_curve = on_device(ops.ias_curve)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prmfast.kernels.dist_ppo import reference
-from prmfast.ops import Candidates, available, dist_ppo_loss, dist_ppo_loss_and_grad, linear_dist_ppo_loss
+from prmfast.ops import Candidates
 from prmfast.testing import make_candidates, make_inputs, poison
+from tests.ops.device import backends, dist_ppo_loss, dist_ppo_loss_and_grad, linear_dist_ppo_loss
 
-BACKENDS = available("dist_ppo")
+BACKENDS = backends("dist_ppo")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

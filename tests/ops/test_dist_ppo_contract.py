@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.library import opcheck
 
 from prmfast.kernels.dist_ppo import reference
-from prmfast.ops import Candidates, available, dist_ppo_loss, dist_ppo_loss_and_grad, linear_dist_ppo_loss
+from prmfast.ops import Candidates
 from prmfast.ops._backends import load
 from prmfast.testing import make_candidates
+from tests.ops.device import backends, dist_ppo_loss, dist_ppo_loss_and_grad, linear_dist_ppo_loss
 from tests.ops.test_dist_ppo import DTYPES, by_formula, each_backend, each_dtype, entry_rows, inputs, truth
 from tests.vectors import Vectors, assert_relative
 
-BACKENDS = available("dist_ppo")
+BACKENDS = backends("dist_ppo")
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled backend is not here")
 
 # --- the linear layer

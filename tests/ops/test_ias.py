@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.library import opcheck
 
 from prmfast.kernels.ias import reference
-from prmfast.ops import available, ias_allocate, ias_budget, ias_curve
 from prmfast.ops._backends import load
+from tests.ops.device import backends, ias_allocate, ias_budget, ias_curve
 
-BACKENDS = available("ias")
+BACKENDS = backends("ias", interpreted=False)  # tests/ops/test_ias_triton.py has sizes for the interpreter
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 SHAPES = {
     "one": (1, 1, 1),
