@@ -1,4 +1,4 @@
-"""The adjoint of the levels stage in plain torch, where autograd is off: for dtypes that a GPU's kernels do not take."""
+"""The adjoint of the levels stage in plain torch, where autograd is off: for what a GPU's kernels do not take."""
 
 from __future__ import annotations
 

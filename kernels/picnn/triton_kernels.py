@@ -1,4 +1,4 @@
-"""The kernels that are launched: they pack weights, make values and gradients, put these in order, and make the adjoint."""
+"""The kernels that are launched: they pack weights, make values and gradients, order these, and make the adjoint."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def adjoint_points(
     """d levels [count, m], d rows [count, chunks, ROW] and what the gradients of the weights are products of.
 
     tape [L, 4, points, UNITS]: parts 0 and 1 are p and dp of every layer, and in their place the adjoints of both when
-    the program is done; it fills parts 2 and 3 with what the next layer read. d wz[i - 1] is the product of the adjoints
-    of layer i and the inputs from layer i - 1, summed over both and all points.
+    the program is done; it fills parts 2 and 3 with what the next layer read. d wz[i - 1] is the product of the
+    adjoints of layer i and the inputs from layer i - 1, summed over both and all points.
     """
     LAYERS: tl.constexpr = len(WIDTHS)
     SHARED: tl.constexpr = TOGETHER == BLOCK

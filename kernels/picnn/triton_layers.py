@@ -43,7 +43,7 @@ def chosen(TABLE: tl.constexpr, i):
 
 @triton.jit
 def coefficients(row, next_context, there, start, width, ROW: tl.constexpr, UNITS: tl.constexpr, SHARED: tl.constexpr):
-    """Entries start .. start + width - 1 of each point's row, zeros behind; [1, UNITS] where shared, [BLOCK, UNITS] else.
+    """Entries start .. start + width - 1 of each point's row, zeros behind; [BLOCK, UNITS], or [1, UNITS] shared.
 
     row: the tile's first row, of ROW entries.
     """
@@ -123,7 +123,7 @@ def respond_gate(raw, GATE: tl.constexpr):
 
 @triton.jit
 def nearest_bfloat16(x, EMULATED: tl.constexpr):
-    """x rounded to bfloat16, ties to even; as float32 for the interpreter, which truncates casts and errs on products."""
+    """x rounded to bfloat16, ties to even; float32 in the interpreter, which truncates casts and errs on products."""
     if EMULATED:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

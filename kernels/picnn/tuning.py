@@ -37,10 +37,9 @@ _WHOLE, _STACKED, _SMALL = Tile(64, 4, False), Tile(32, 4, True), Tile(16, 4, Tr
 
 
 def forward_tile(units: int, m: int, *, keep: bool) -> Tile:
-    """Many levels share one row of coefficients a tile: that leaves registers for value and tangent of 16 points a warp.
+    """Many levels share one row of coefficients a tile: registers are left for value and tangent of 16 points a warp.
 
-    Not so where every point has its own coefficients, or the tape is kept: stacked. Layers of more than 64 units: half
-    as many points, and two warps make the same products, but nothing spills.
+    Not so where every point has its own coefficients, or the tape is kept: stacked. More than 64 units: half as many points, and two warps make the same products, but nothing spills.
     """
     if units > 64:
         return _SMALL
@@ -52,9 +51,17 @@ def adjoint_tile() -> Tile:
     return _SMALL
 
 
-PASSES, EXACT_PASSES = {"float32": 3, "bfloat16": 1}, 6
-"""bfloat16 products that make up one of the network. Gradients of weights are sums that cancel: they get float32's own
-accuracy."""
+PASSES = {"float32": 3, "bfloat16": 1}
+"""bfloat16 products that make up one of the network, by precision."""
+
+
+def exact_passes(units: int) -> int:
+    """Of the backward pass. Gradients of weights are sums that cancel: they get float32's own accuracy.
+
+    More than 64 units: three parts of each operand do not fit into registers, and more terms average the error.
+    """
+    return 6 if units <= 64 else PASSES["float32"]
+
 
 TAPE_BYTES = 1 << 28
 """Largest tape of a backward pass with its inputs; more contexts take turns."""
