@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_WIDEST
+from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_WIDEST, TRITON_WIDEST
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -21,6 +21,7 @@ _MODULES: dict[str, dict[str, str]] = {
         "reference": "prmfast.kernels.picnn.reference",
         "cpu": "prmfast.ops._cpu.picnn",
         "cuda": "prmfast.ops._cuda.picnn",
+        "triton": "prmfast.kernels.picnn.triton_impl",
     },
     "ias": {
         "reference": "prmfast.kernels.ias.reference",
@@ -66,6 +67,10 @@ _CONDITIONS["picnn", "cuda"] = (
         f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",
         lambda widths: len(widths) <= CUDA_DEEPEST and max(widths) <= CUDA_WIDEST,
     ),
+)
+_CONDITIONS["picnn", "triton"] = (
+    _AMPERE,
+    Condition("widths", f"hidden layers at most {TRITON_WIDEST} wide", lambda widths: max(widths) <= TRITON_WIDEST),
 )
 _CONDITIONS["candidate_td", "cuda"] += (
     Condition("p_min", "p_min >= 1 / 15: a row has 16 slots", lambda p_min: p_min >= 1 / 15),

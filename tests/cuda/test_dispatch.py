@@ -56,7 +56,7 @@ def test_the_ops_tell_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for room in ("candidate_td", "dist_ppo"):
         monkeypatch.setattr(importlib.import_module(f"prmfast.ops.{room}"), "resolve", resolve)
-    made = make_inputs("candidate_td", 3, 20)
+    made = make_inputs("candidate_td", 3, 20, dtype=torch.float32)
     p, q = made["policy_logits"], made["reward_logits"]
     found = ops.candidate_td(p, q.double(), p_min=0.2)
     ops.token_logprob(q.bfloat16().requires_grad_(), torch.zeros(3, dtype=torch.int64)).sum().backward()
