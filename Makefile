@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 # One thread a process: the suite runs as many processes as there are cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
 TRACES ?= ../shared/data/math500_iid_samples.parquet
@@ -60,11 +60,10 @@ bench-kernels: $(READY)  ## every op beside its rivals at full size, then on two
 	$(BIN)/prmfast bench --output benchmarks/results/kernels_cpu.json
 	$(BIN)/prmfast bench --scaling --threads 2 --output benchmarks/results/kernels_cpu.json
 
-gpu:  ## builds the CUDA sources in place and runs the suite with PYTHON's own torch, which must see a GPU
+gpu:  ## with PYTHON's own torch, which must see a GPU: build, tests, sanitizers, benchmarks -> benchmarks/results/<gpu>.json
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	f"make gpu: torch {torch.__version__} of {sys.executable} sees no GPU; name another one with PYTHON=...")'
-	PRMFAST_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # torch comes first and from the constraint, so that pip never looks for a newer build; the extension is then compiled
 # with the pinned setuptools and pybind11 instead of whatever is newest.

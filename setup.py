@@ -14,7 +14,11 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 CPP_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi"]
-CUDA_ARCHITECTURES = ("80", "90a")
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC"]
+CUDA_ARCHITECTURES = {
+    "80": "[sm_80,compute_80]",
+    "90a": "sm_90a",
+}  # what is built for each; others make code from compute_80
 
 
 def sources(suffix: str) -> list[str]:
@@ -48,12 +52,11 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
     def add_cuda(self, ext: Pybind11Extension, root: pathlib.Path) -> None:
-        architectures = [flag for a in CUDA_ARCHITECTURES for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+        architectures = [f"-gencode=arch=compute_{a},code={code}" for a, code in CUDA_ARCHITECTURES.items()]
         pathlib.Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         for source in sources(".cu"):
             target = str(pathlib.Path(self.build_temp) / (source.replace("/", "_") + ".o"))
-            flags = ["-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC", *architectures]
-            self.spawn([str(root / "bin" / "nvcc"), *flags, "-c", source, "-o", target])
+            self.spawn([str(root / "bin" / "nvcc"), *NVCC_FLAGS, *architectures, "-c", source, "-o", target])
             ext.extra_objects.append(target)
         ext.define_macros.append(("PRMFAST_CUDA", "1"))
         ext.library_dirs.extend(str(root / lib) for lib in ("lib64", "targets/x86_64-linux/lib"))

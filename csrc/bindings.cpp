@@ -20,6 +20,17 @@ void bind(pybind11::module_& m);
 namespace dist_ppo {
 void bind(pybind11::module_& m);
 }
+#ifdef PRMFAST_CUDA
+namespace picnn::cuda {
+void bind(pybind11::module_& m);
+}
+namespace candidate_td::cuda {
+void bind(pybind11::module_& m);
+}
+namespace dist_ppo::cuda {
+void bind(pybind11::module_& m);
+}
+#endif
 }  // namespace prmfast
 
 PYBIND11_MODULE(_C, m) {
@@ -39,5 +50,11 @@ PYBIND11_MODULE(_C, m) {
   auto cuda = m.def_submodule("cuda", "Only in a build with PRMFAST_CUDA=1.");
   cuda.def("runtime_version", &prmfast::cuda::runtime_version);
   cuda.def("device_count", &prmfast::cuda::device_count);
+  auto cuda_picnn = cuda.def_submodule("picnn");
+  prmfast::picnn::cuda::bind(cuda_picnn);
+  auto cuda_candidate_td = cuda.def_submodule("candidate_td");
+  prmfast::candidate_td::cuda::bind(cuda_candidate_td);
+  auto cuda_dist_ppo = cuda.def_submodule("dist_ppo");
+  prmfast::dist_ppo::cuda::bind(cuda_dist_ppo);
 #endif
 }

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prmfast._version import __version__
-from prmfast.ops._backends import BACKENDS, ROOMS, resolve, why_missing
+from prmfast.ops._backends import BACKENDS, ROOMS, explain, needs, resolve, why_missing
 
 LIBRARIES = ("torch", "numpy", "scikit-learn", "pyarrow", "triton", "transformers", "vllm")
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
@@ -28,7 +28,8 @@ def collect() -> dict[str, Any]:
     ``gpu`` (torch_cuda, usable, devices with name and driver), ``extension`` (missing: reason or None, kernels: the
     instruction set that they run on, cuda_runtime, cuda_devices), ``rooms`` (room -> backend -> None where usable, else
     the reason), ``auto`` (room -> device kind -> the backend that ``backend="auto"`` takes, or why it raises),
-    ``PRMFAST_BACKEND``.
+    ``on_gpu`` (room -> what auto tries there in turn, each with ``refused``: None or why it takes no call here, and
+    ``needs``: what a call must bring), ``PRMFAST_BACKEND``.
     """
     return {
         "versions": {"python": platform.python_version(), "prmfast": __version__} | {n: _version(n) for n in LIBRARIES},
@@ -37,6 +38,7 @@ def collect() -> dict[str, Any]:
         "extension": _extension(),
         "rooms": {room: {backend: why_missing(room, backend) for backend in BACKENDS} for room in ROOMS},
         "auto": {room: {kind: _auto(room, kind) for kind in ("cpu", "cuda")} for room in ROOMS},
+        "on_gpu": {room: _on_gpu(room) for room in ROOMS},
         "PRMFAST_BACKEND": os.environ.get("PRMFAST_BACKEND"),
     }
 
@@ -46,6 +48,7 @@ def render(console: Console, facts: dict[str, Any] | None = None) -> None:
     facts = collect() if facts is None else facts
     console.print(_machine_table(facts))
     console.print(_backend_table(facts))
+    console.print(_gpu_table(facts))
 
 
 def _version(name: str) -> str | None:
@@ -109,6 +112,11 @@ def _auto(room: str, kind: str) -> str:
         return f"raises: {error}"
 
 
+def _on_gpu(room: str) -> dict[str, dict[str, Any]]:
+    tried = explain(room, "cuda")
+    return {name: {"refused": refused, "needs": list(needs(room, name))} for name, refused in tried.items()}
+
+
 def _machine_table(facts: dict[str, Any]) -> Table:
     cpu, gpu, extension = facts["cpu"], facts["gpu"], facts["extension"]
     table = Table("", "", show_header=False, box=None, pad_edge=False)
@@ -138,4 +146,13 @@ def _backend_table(facts: dict[str, Any]) -> Table:
     for room, reasons in facts["rooms"].items():
         cells = ["usable" if reasons[backend] is None else str(reasons[backend]) for backend in BACKENDS]
         table.add_row(room, *cells, facts["auto"][room]["cpu"], facts["auto"][room]["cuda"])
+    return table
+
+
+def _gpu_table(facts: dict[str, Any]) -> Table:
+    """In which order auto tries the backends of a GPU: the first that is here and takes the call."""
+    table = Table("room", "tried", "a call must bring", "here", title='backend="auto" on a GPU, in this order')
+    for room, tried in facts["on_gpu"].items():
+        for backend, told in tried.items():
+            table.add_row(room, backend, "; ".join(told["needs"]) or "nothing more", told["refused"] or "usable")
     return table

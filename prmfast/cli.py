@@ -202,6 +202,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes and short rounds: does everything run?")] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="ours on 1 thread beside --threads, no rivals")] = False,
     threads: Annotated[int, typer.Option(min=1, help="of every library")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    profile: Annotated[
+        Path | None, typer.Option(help="only write a torch profiler trace of ours to this file (.json or .json.gz)")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="JSON, written after each case; updated")] = None,
     list_: Annotated[bool, typer.Option("--list", help="only print the cases")] = False,
     quiet: Quiet = False,
@@ -212,13 +216,22 @@ def bench(
     from prmfast.bench.run import run
     from prmfast.bench.run_case import Options
 
-    cases = select(room or (), op or (), size or (), dtype or (), quick=quick, scaling=scaling)
+    check_device(device)
+    on = device == "cuda"
+    cases = select(room or (), op or (), size or (), dtype or (), quick=quick, scaling=scaling, gpu=on)
     console = wide_console()
     if list_:
         for case in cases:
             console.print(f"{case.name}  rivals: {', '.join(case.rivals)}", highlight=False, markup=False)
         return
-    options = Options(threads, None if rival is None else tuple(rival), fast=quick, scaling=scaling)
+    kept = ("torch", "GEMMs", "Liger") if on and rival is None else rival
+    options = Options(threads, None if kept is None else tuple(kept), fast=quick, scaling=scaling, device=device)
+    if profile is not None:
+        from prmfast.bench.profile import write_trace
+
+        write_trace(cases, options, profile)
+        console.print(f"{profile}: {len(cases)} cases", highlight=False, markup=False)
+        return
     rows, interrupted = [], False
     try:
         for some in run(cases, options, output, show=not quiet):
@@ -232,6 +245,16 @@ def bench(
         raise typer.Exit(130)
     if any(row["status"] in ("failed", "crashed") for row in rows):
         raise typer.Exit(1)
+
+
+def check_device(device: str) -> None:
+    """ValueError unless ``device`` is one that a benchmark can run on here."""
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda needs a GPU that torch {torch.__version__} sees, found none")
 
 
 @app.command()

@@ -47,7 +47,7 @@ def frozen() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Bandwidth and GEMM rates of this process are taken from a megabyte: no test reads them."""
-    for name, value in (("BYTES", 2**20), ("GEMM", 64), ("THIN_ROWS", 64)):
+    for name, value in (("BYTES", 2**20), ("GEMM", 64)):
         monkeypatch.setattr(ceilings, name, value)
     ceilings._block.cache_clear()
     yield

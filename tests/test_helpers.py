@@ -17,6 +17,7 @@ from prmfast._files import atomic_path, write_json, write_text
 from prmfast._progress import Bar, progress
 from prmfast.ops import ias_budget, picnn_map
 from prmfast.testing import assert_within_budget, make_inputs, make_picnn, poison
+from tests.ops.device import answered
 
 FILL = torch.utils.deterministic
 
@@ -192,3 +193,17 @@ def test_make_inputs_covers_the_edges_and_names_an_unknown_room() -> None:
     assert bool((quantiles < 0).any() & (quantiles > 1).any() & (quantiles == 0).any() & (quantiles == 1).any())
     with pytest.raises(ValueError, match="room must be 'picnn', 'ias', 'candidate_td' or 'dist_ppo', got 'pool'"):
         make_inputs("pool", 1, 1)
+
+
+def test_a_call_that_a_backend_does_not_take_is_answered_by_another() -> None:
+    def op(x: int, *, backend: str) -> tuple[int, str]:
+        if x < 0:
+            raise ValueError("op: x must be >= 0")
+        if backend == "cuda" and x > 9:
+            raise ValueError("backend='cuda' of op does not take this call: it needs x <= 9, got 10; usable: reference")
+        return x, backend
+
+    assert answered(op, 1, backend="cuda") == (1, "cuda")
+    assert answered(op, 10, backend="cuda") == (10, "auto")
+    with pytest.raises(ValueError, match="x must be"):
+        answered(op, -1, backend="cuda")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prmfast.bench import inputs
-from prmfast.bench.case import FLOOR, Call, Case, Job, Rival, Work, assert_close, op, require
+from prmfast.bench.case import FLOOR, Call, Case, Job, Rival, Unavailable, Work, assert_close, op, require
 from prmfast.bench.picnn import compiled, jitted, to_jax, to_torch
 from prmfast.kernels.candidate_td.candidates import Candidates
 
@@ -179,7 +179,7 @@ def eager_logsumexp_double(policy: Tensor, reward: Tensor) -> Candidates:
 def logprob_job(dtype: torch.dtype, rows: int, vocabulary: int) -> Job:
     """token_logprob of one id per row, no gradient."""
     logits, _ = inputs.logits(rows, vocabulary, dtype)
-    ids = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(3))
+    ids = inputs.ids(rows, vocabulary, 3)
 
     def by_logsumexp(x: Tensor, chosen: Tensor) -> Tensor:
         return x.gather(1, chosen[:, None])[:, 0].float() - torch.logsumexp(x.float(), 1)
@@ -200,10 +200,19 @@ def logprob_job(dtype: torch.dtype, rows: int, vocabulary: int) -> Job:
     def agree(out: Any, other: Any) -> None:
         assert_close("logprob", to_torch(other), out, rtol=1e-5, atol=1e-4)
 
+    def in_liger() -> Call:  # turns its input into the gradient
+        try:
+            from liger_kernel.transformers.functional import liger_cross_entropy
+        except ImportError as error:
+            raise Unavailable("not installed: pip install liger-kernel") from error
+        work = logits.clone()
+        return Call(lambda: -liger_cross_entropy(work, ids, reduction="none"), lambda: work.copy_(logits))
+
     size = 4.0 * rows * vocabulary
     return Job(
         ours={"": Call(lambda: op("token_logprob")(logits, ids))},
         rivals={
+            **({"Liger-Kernel": Rival(in_liger, extra_bytes=size)} if logits.is_cuda else {}),
             "torch eager": Rival(lambda: Call(lambda: by_logsumexp(logits, ids)), extra_bytes=2 * size),
             "torch eager, log_softmax": Rival(lambda: Call(lambda: by_log_softmax(logits, ids)), extra_bytes=2 * size),
             "torch.compile": Rival(lambda: compiled(by_logsumexp, logits, ids)),
@@ -218,7 +227,7 @@ def logprob_job(dtype: torch.dtype, rows: int, vocabulary: int) -> Job:
 def gemms(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     """``hidden @ weight.T`` of every pair, by vocabulary chunks into one buffer: nothing but the GEMMs."""
     rows = len(pairs[0][0])
-    space = torch.zeros(rows * CHUNK)
+    space = pairs[0][0].new_zeros(rows * CHUNK)
 
     def run() -> None:
         for hidden, weight in pairs:

@@ -80,7 +80,8 @@ class Case:
     """A job that can be made.
 
     tiny: makes the same job at a size that runs in microseconds, to load code before memory is measured.
-    quick: part of ``--quick``. table: part of the README. scaling: part of ``--scaling``.
+    quick: part of ``--quick``. table: part of the README. scaling: part of ``--scaling``. cpu, gpu: part of a
+    run on that device. graph: ours can be captured as a CUDA graph.
     """
 
     room: str
@@ -94,15 +95,18 @@ class Case:
     quick: bool = False
     table: bool = False
     scaling: bool = False
+    cpu: bool = True
+    gpu: bool = False
+    graph: bool = False
 
     @property
     def name(self) -> str:
         """``room/op/dtype/size``, unique."""
         return f"{self.room}/{self.op}/{self.dtype}/{self.size}"
 
-    def marked(self, *, quick: bool = False, table: bool = False, scaling: bool = False) -> Case:
-        """The same case as part of these selections."""
-        return replace(self, quick=quick, table=table, scaling=scaling)
+    def marked(self, **marks: bool) -> Case:
+        """The same case with these of its last fields changed."""
+        return replace(self, **marks)  # type: ignore[arg-type]
 
 
 def require(library: str) -> Any:

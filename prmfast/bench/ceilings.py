@@ -11,16 +11,15 @@ import torch
 from prmfast.bench.case import Call
 
 BYTES = 256 * 2**20  # several times any last-level cache
-GEMM = 2048
-THIN_ROWS, THIN = 65536, 64
+GEMM, GPU_GEMM = 2048, 8192
 
-UNITS = {"read": "GB/s", "copy": "GB/s", "gemm": "GFLOP/s", "gemm64": "GFLOP/s"}
-"""read: one pass over memory. copy: bytes read plus bytes written. gemm: float32 2048^3; gemm64: 64 wide."""
+UNITS = {"read": "GB/s", "copy": "GB/s", "gemm": "GFLOP/s"}
+"""read: one pass over memory. copy: bytes read plus bytes written. gemm: float32 2048^3, on a GPU 8192^3."""
 
 
 @functools.cache
-def _block() -> torch.Tensor:
-    return torch.ones(BYTES // 4)
+def _block(device: str) -> torch.Tensor:
+    return torch.ones(BYTES // 4, device=device)
 
 
 def _numba_read() -> Callable[[], Any] | None:
@@ -42,31 +41,33 @@ def _numba_read() -> Callable[[], Any] | None:
             d += x[i + 3 * quarter]
         return a + b + c + d
 
-    block = _block().numpy()
+    block = _block("cpu").numpy()
     read(block[:64])
     return functools.partial(read, block)
 
 
-def calls(kind: str) -> dict[str, Call]:
+def calls(kind: str, device: str = "cpu") -> dict[str, Call]:
     """The ways to reach the ceiling ``kind``; the fastest of a round counts. Names start with ``ceiling``."""
     if kind == "read":
-        found = {"ceiling torch.sum": Call(_block().view(torch.int64).sum)}
-        streams = _numba_read()
+        found = {"ceiling torch.sum": Call(_block(device).view(torch.int64).sum)}
+        streams = _numba_read() if device == "cpu" else None
         if streams is not None:
             found["ceiling numba"] = Call(streams)
         return found
     if kind == "copy":
-        target = torch.zeros_like(_block())
-        return {"ceiling torch.copy_": Call(functools.partial(target.copy_, _block()))}
+        target = torch.zeros_like(_block(device))
+        return {"ceiling torch.copy_": Call(functools.partial(target.copy_, _block(device)))}
     if kind == "gemm":
-        a, out = torch.randn(GEMM, GEMM), torch.empty(GEMM, GEMM)
+        side = _side(device)
+        a, out = torch.randn(side, side, device=device), torch.empty(side, side, device=device)
         return {"ceiling torch.mm": Call(functools.partial(torch.mm, a, a, out=out))}
-    if kind == "gemm64":
-        a, b, out = torch.randn(THIN_ROWS, THIN), torch.randn(THIN, THIN), torch.empty(THIN_ROWS, THIN)
-        return {"ceiling torch.mm 64": Call(functools.partial(torch.mm, a, b, out=out))}
     return {}
 
 
-def work_per_call(kind: str) -> float:
+def _side(device: str) -> int:
+    return GEMM if device == "cpu" else GPU_GEMM
+
+
+def work_per_call(kind: str, device: str = "cpu") -> float:
     """Bytes or floating-point operations of one ceiling call."""
-    return {"read": BYTES, "copy": 2 * BYTES, "gemm": 2.0 * GEMM**3, "gemm64": 2.0 * THIN_ROWS * THIN * THIN}[kind]
+    return {"read": BYTES, "copy": 2 * BYTES, "gemm": 2.0 * _side(device) ** 3}[kind]

@@ -71,7 +71,7 @@ def closed_form(
     total = torch.logsumexp(wide, 1, keepdim=True)
     logp = logits[rows, ids].float() - total[rows, 0]
     loss, slope = slopes(logp, policy_logp, advantage, 1 / len(logits))
-    per_row = torch.zeros(len(logits)).index_add(0, rows, slope)
+    per_row = total.new_zeros(len(logits)).index_add(0, rows, slope)
     out.copy_((wide - total).exp() * -per_row[:, None])
     out.index_put_((rows, ids), slope.to(out.dtype), accumulate=True)
     return loss
@@ -82,7 +82,7 @@ def eager_closed_form(out: Tensor, logits: Tensor, *flat: Tensor) -> Tensor:
     rows, ids, policy_logp, advantage = flat
     torch.softmax(logits, 1, out=out)
     loss, slope = slopes(out[rows, ids].float().log(), policy_logp, advantage, 1 / len(logits))
-    per_row = torch.zeros(len(logits)).index_add(0, rows, slope)
+    per_row = slope.new_zeros(len(logits)).index_add(0, rows, slope)
     out.mul_(-per_row[:, None].to(out.dtype))
     out.index_put_((rows, ids), slope.to(out.dtype), accumulate=True)
     return loss
@@ -119,7 +119,7 @@ def loss_job(dtype: torch.dtype, rows: int, vocabulary: int) -> Job:
     policy, logits = inputs.logits(rows, vocabulary, dtype)
     candidates = eager_logsumexp(policy, policy)
     del policy
-    spread = torch.randn(len(candidates.token_ids), generator=torch.Generator().manual_seed(4))
+    spread = inputs.normal(len(candidates.token_ids), seed=4)
     candidates = candidates._replace(advantage=spread)
     flat = terms(candidates)
     options: dict[str, Any] = {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}
@@ -196,7 +196,7 @@ def loss_job(dtype: torch.dtype, rows: int, vocabulary: int) -> Job:
 def three_gemms(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
     """Logits, gradient to the hidden states and gradient to the weight, by vocabulary chunks: nothing but the GEMMs."""
     rows = len(hidden)
-    space, d_hidden, d_weight = torch.zeros(rows * CHUNK), torch.zeros_like(hidden), torch.zeros_like(weight)
+    space, d_hidden, d_weight = hidden.new_zeros(rows * CHUNK), torch.zeros_like(hidden), torch.zeros_like(weight)
 
     def run() -> None:
         for part, d_part in zip(weight.split(CHUNK), d_weight.split(CHUNK), strict=True):
@@ -218,7 +218,7 @@ def linear_job(rows: int, width: int, vocabulary: int, kept: tuple[str, ...] = L
     del old_hidden, old_weight
     counts = torch.cat([torch.bincount(f[0], minlength=len(p)) for f, p in zip(found, hidden.split(64), strict=True)])
     ids, policy_logp = (torch.cat([f[i] for f in found]) for i in (1, 2))
-    advantage = torch.randn(len(ids), generator=torch.Generator().manual_seed(4))
+    advantage = inputs.normal(len(ids), seed=4)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     candidates = Candidates(offsets, ids, policy_logp, advantage)
     flat = terms(candidates)

@@ -30,7 +30,7 @@ def eager_budget(quantiles: Tensor, target: float, n_max: int) -> Tensor:
     """Running powers in float32, until every row has reached its target."""
     fail = 1 - quantiles
     power = fail
-    budget = torch.ones(len(fail), dtype=torch.int32)
+    budget = torch.ones(len(fail), dtype=torch.int32, device=fail.device)
     for _ in range(1, n_max):
         missed = power.mean(1) > 1 - target
         if not bool(missed.any()):
@@ -42,7 +42,7 @@ def eager_budget(quantiles: Tensor, target: float, n_max: int) -> Tensor:
 
 def powers(quantiles: Tensor, first: int, end: int) -> Tensor:
     """(1 - p)^N for N = first..end - 1 as [B, N, M]: exp and log fuse into the reduction that follows."""
-    exponents = torch.arange(first, end, dtype=quantiles.dtype)
+    exponents = torch.arange(first, end, dtype=quantiles.dtype, device=quantiles.device)
     return (torch.log1p(-quantiles)[:, None, :] * exponents[:, None]).exp()
 
 
@@ -62,7 +62,7 @@ def bit_search_budget(quantiles: Tensor, target: float, n_max: int) -> Tensor:
     while 2 ** len(squares) < n_max:
         squares.append(squares[-1] * squares[-1])
     current = torch.ones_like(quantiles)
-    budget = torch.ones(len(quantiles), dtype=torch.int32)
+    budget = torch.ones(len(quantiles), dtype=torch.int32, device=quantiles.device)
     for bit in range(len(squares) - 1, -1, -1):
         step = current * squares[bit]
         missed = step.mean(1) > 1 - target  # N = what is built up plus 2^bit still misses

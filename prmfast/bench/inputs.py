@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,7 +15,41 @@ if TYPE_CHECKING:
 
 HIDDEN, ENCODER, WIDTH, DEPTH = 3584, (256, 64), 64, 4
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def _placed(make: Function) -> Function:
+    """What ``make`` makes on the CPU, the same for every device, on the caller's default device."""
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        device = torch.get_default_device()
+        with torch.device("cpu"):
+            found = make(*args, **kwargs)
+        return tuple(t.to(device) for t in found) if isinstance(found, tuple) else found.to(device)
+
+    return cast(Function, made)
+
+
+@_placed
+def normal(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@_placed
+def uniform(*shape: int, seed: int) -> Tensor:
+    """Numbers in [0, 1)."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@_placed
+def ids(count: int, vocabulary: int, seed: int) -> Tensor:
+    """Token ids, int64 [count]."""
+    return torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@_placed
 def quantiles(rows: int, columns: int, seed: int = 0) -> Tensor:
     """[rows, columns] float32, each row the sorted draws of a beta law of its own; budgets from 1 to N max occur."""
     rng = np.random.default_rng(seed)
@@ -29,7 +64,7 @@ def levels(count: int) -> Tensor:
     return (torch.arange(count) + 0.5) / count
 
 
-@functools.lru_cache(maxsize=1)
+@_placed
 def picnn_model(hidden: int = HIDDEN) -> ConditionalPicnn:
     """A calibrator's network as its fit starts it, with a head that really depends on the context."""
     from prmfast.calibration.picnn import ConditionalPicnn, beta_quantiles
@@ -46,9 +81,10 @@ def picnn_model(hidden: int = HIDDEN) -> ConditionalPicnn:
 
 def contexts(rows: int, hidden: int = HIDDEN) -> Tensor:
     """[rows, hidden] standardised hidden states."""
-    return torch.randn(rows, hidden, generator=torch.Generator().manual_seed(1))
+    return normal(rows, hidden, seed=1)
 
 
+@_placed
 def logits(rows: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Policy and reward logits [rows, vocabulary]: noise, and up to six likely tokens a row; some rows have none."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,6 +101,7 @@ def logits(rows: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> tup
     return policy, reward
 
 
+@_placed
 def linear(rows: int, width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states and lm_head weights of policy and reward model, [rows, width] and [vocabulary, width] each.
 

@@ -51,6 +51,24 @@ def describe_kernels(threads: int) -> dict[str, object]:
     }
 
 
+def describe_gpu() -> dict[str, object]:
+    """The GPU of this process and what drives it."""
+    import torch
+
+    from prmfast._env import collect
+
+    facts = collect()
+    about = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": about.name,
+        "capability": f"{about.major}.{about.minor}",
+        "multiprocessors": about.multi_processor_count,
+        "driver": next((device["driver"] for device in facts["gpu"]["devices"]), None),
+        "cuda": {"torch": torch.version.cuda, "extension": facts["extension"]["cuda_runtime"]},
+        "triton": facts["versions"]["triton"],
+    }
+
+
 def commit() -> str:
     """The commit of the sources in use, ``-dirty`` where tracked files differ from it; empty outside a repository."""
     here = Path(__file__).resolve().parent

@@ -32,7 +32,7 @@ def extra_peak(run: Callable[[], Any], buffers: Iterable[Tensor] = ()) -> tuple[
     before = _fields(_STATUS)["VmRSS"]
     out = run()
     peak = _fields(_STATUS)["VmHWM"]
-    return out, max(0, peak - before - _fresh_bytes(out, buffers))
+    return out, max(0, peak - before - fresh_bytes(out, buffers))
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -44,7 +44,7 @@ def _leaves(value: Any) -> list[Any]:
     return [value]
 
 
-def _fresh_bytes(out: Any, buffers: Iterable[Tensor]) -> int:
+def fresh_bytes(out: Any, buffers: Iterable[Tensor]) -> int:
     """The memory of the outputs, tensors or other arrays, that did not exist before the call."""
     known = {buffer.untyped_storage().data_ptr() for buffer in buffers}
     leaves = _leaves(out)

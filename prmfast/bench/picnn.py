@@ -222,8 +222,7 @@ def step_job(rows: int) -> Job:
     leaves = [p.detach().clone().requires_grad_() for p in model.parameters()]
     names = [name for name, _ in model.named_parameters()]
     context = inputs.contexts(rows)
-    generator = torch.Generator().manual_seed(2)
-    levels, target = torch.rand(rows, 1, generator=generator), torch.rand(rows, 1, generator=generator)
+    levels, target = inputs.uniform(rows, 1, seed=2), inputs.uniform(rows, 1, seed=3)
 
     def params_of(values: list[Tensor]) -> PicnnParams:
         by_name = dict(zip(names, values, strict=True))

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prmfast._files import write_json
 from prmfast._progress import progress
 from prmfast.bench.case import Case
-from prmfast.bench.machine import describe_kernels
-from prmfast.bench.run_case import Options, Row, request
+from prmfast.bench.machine import describe_gpu, describe_kernels
+from prmfast.bench.run_case import Options, Row, request, run_case
 from prmfast.bench.threads import environment
 
 KEY = ("room", "op", "size", "dtype", "variant", "threads")
@@ -25,11 +27,15 @@ KEY = ("room", "op", "size", "dtype", "variant", "threads")
 
 @dataclass(slots=True)
 class Results:
-    """``runs``: machines, versions, commit and date. ``rows`` and ``scaling``: each points at its run by index."""
+    """``runs``: machines, versions, commit and date. ``rows`` and ``scaling``: each points at its run by index.
+
+    ``other``: what else stands in the file, kept as it is.
+    """
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     scaling: list[Row] = field(default_factory=list)
+    other: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -37,7 +43,8 @@ class Results:
         if not path.exists():
             return cls()
         known = json.loads(path.read_text(encoding="utf-8"))
-        return cls(known["runs"], known["rows"], known["scaling"])
+        runs, rows, scaling = (known.pop(name, []) for name in ("runs", "rows", "scaling"))
+        return cls(runs, rows, scaling, known)
 
     def add(self, rows: Sequence[Row], run: int, *, scaling: bool) -> None:
         """Puts ``rows`` in the place of earlier ones of the same case."""
@@ -60,7 +67,8 @@ class Results:
             return [{**row, "run": new[row["run"]]} for row in rows]
 
         runs = [self.runs[i] for i in used]
-        write_json(path, {"runs": runs, "rows": renumbered(self.rows), "scaling": renumbered(self.scaling)})
+        own = {"runs": runs, "rows": renumbered(self.rows), "scaling": renumbered(self.scaling)}
+        write_json(path, self.other | own)
 
 
 def start(case: Case, options: Options) -> list[Row]:
@@ -82,17 +90,31 @@ def start(case: Case, options: Options) -> list[Row]:
     return [{**about, **ended, "variant": variant} for variant in case.variants]
 
 
+def within(case: Case, options: Options) -> list[Row]:
+    """The rows of ``case`` from this process: starting CUDA anew would take longer than most cases."""
+    started = time.perf_counter()
+    try:
+        rows = run_case(case, options)
+    except Exception as error:  # out of memory, say: the other cases still count
+        about = {"room": case.room, "op": case.op, "size": case.size, "dtype": case.dtype, "table": case.table}
+        ended = {"threads": options.threads, "status": "crashed", "error": f"{type(error).__name__}: {error}"[:2000]}
+        rows = [{**about, **ended, "variant": variant} for variant in case.variants]
+    torch.cuda.empty_cache()
+    return [{**row, "took": time.perf_counter() - started} for row in rows]
+
+
 def run(
     cases: Sequence[Case], options: Options, output: Path | None = None, *, show: bool = True
 ) -> Iterator[list[Row]]:
     """Yields the rows of each case as it ends. ``output`` is written after each one, merged with what it held."""
     results = Results() if output is None else Results.read(output)
-    results.runs.append(describe_kernels(options.threads) | {"fast": options.fast})
+    about = describe_gpu() if options.on_gpu else {}
+    results.runs.append(describe_kernels(options.threads) | about | {"fast": options.fast})
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(len(cases), "benchmarks", show))
         for case in cases:
             bar.update(case=case.name)
-            rows = start(case, options)
+            rows = within(case, options) if options.on_gpu else start(case, options)
             if output is not None:
                 results.add(rows, len(results.runs) - 1, scaling=options.scaling)
                 results.write(output)

@@ -6,6 +6,7 @@ keeps, then spoils no other case.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -18,10 +19,13 @@ from typing import Any
 import torch
 
 from prmfast._files import write_json
-from prmfast.bench import ceilings, memory, timing
+from prmfast.bench import ceilings, gpu, memory, timing
 from prmfast.bench.case import DERIVED, FLOOR, NATURAL, Call, Case, Job, Unavailable
 
 Row = dict[str, Any]
+
+GPU_ROUNDS, GPU_SAMPLE = 11, 2e-3
+"""Rounds on a GPU and seconds of a sample in each: everything at full size must fit into minutes there."""
 
 COMPILED = ("compile", "jax", "numba")
 """Rivals with such a word in their name compile in their first call."""
@@ -29,30 +33,45 @@ COMPILED = ("compile", "jax", "numba")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a case is run. rivals: names, or parts of names, to keep; None keeps all. fast: short rounds, for tests."""
+    """How a case is run. rivals: names, or parts of names, to keep; None keeps all. fast: short rounds, for tests.
+
+    device: "cpu", or "cuda" for tensors of a GPU, timed by events.
+    """
 
     threads: int = 1
     rivals: tuple[str, ...] | None = None
     fast: bool = False
     scaling: bool = False
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Timed on a GPU."""
+        return self.device == "cuda"
+
+    def placed(self) -> Any:
+        """A context in which new tensors stand on the device; none for the CPU, where it would cost every call."""
+        return torch.device(self.device) if self.on_gpu else contextlib.nullcontext()
 
 
 def run_case(case: Case, options: Options) -> list[Row]:
     """The rows of ``case``, one per variant of ours. Never raises for what a rival does."""
     torch.set_num_threads(options.threads)
     about = _about(case, options)
-    tiny = case.tiny()
+    with options.placed():
+        tiny = case.tiny()
     for call in tiny.ours.values():
         _once(call)
     del tiny
-    job = case.make()
+    with options.placed():
+        job = case.make()
     rows, calls, known = [], {}, dict[str, float]()
     out: Any = None
     for variant, call in job.ours.items():
         row = about | {"variant": variant}
         rows.append(row)
         try:
-            out, facts, known[f"ours {variant}"] = _checked(job, call)
+            out, facts, known[f"ours {variant}"] = _checked(job, call, options)
             row |= facts
         except Exception as error:  # whatever our op does wrong is a failed row, not the end of the run
             row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
@@ -64,23 +83,39 @@ def run_case(case: Case, options: Options) -> list[Row]:
         return _scaling(rows, calls, options)
     rivals = _rivals(job, out, options, calls, known)
     del out
-    samples = _rounds(calls | ceilings.calls(job.work.ceiling), options, known)
+    replays = _replays(case, rows, calls) if options.on_gpu else {}
+    samples = _rounds(calls | replays | ceilings.calls(job.work.ceiling, options.device), options, known)
     for row in rows:
         if row["status"] == "ok":
-            _judge(row, job, samples, rivals)
+            _judge(row, job, samples, rivals, options)
     return rows
+
+
+def _replays(case: Case, rows: Sequence[Row], calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Ours as CUDA graphs, where the case says that a capture is possible; a row keeps why one was not."""
+    found = {}
+    for row in rows:
+        name = f"ours {row['variant']}"
+        if case.graph and name in calls:
+            try:
+                found[f"graph {row['variant']}"] = gpu.captured(calls[name])
+            except RuntimeError as error:
+                row["graph"] = f"not captured: {error}"[:300]
+    return found
 
 
 def _about(case: Case, options: Options) -> Row:
     marks = {"room": case.room, "op": case.op, "size": case.size, "dtype": case.dtype, "table": case.table}
-    return marks | {"threads": options.threads, "backend": _backend(case.room), "load": os.getloadavg()[0]}
+    backend = _backend(case.room, options.device)
+    where = {"threads": options.threads, "device": options.device, "backend": backend}
+    return marks | where | {"load": os.getloadavg()[0]}
 
 
-def _backend(room: str) -> str | None:
+def _backend(room: str, device: str) -> str | None:
     from prmfast.ops import resolve
 
     try:
-        return resolve(room)
+        return resolve(room, device)
     except (RuntimeError, ValueError):
         return None
 
@@ -91,19 +126,20 @@ def _once(call: Call) -> Any:
     return call.run()
 
 
-def _measured(job: Job, call: Call) -> tuple[Any, int | None, float]:
+def _measured(job: Job, call: Call, options: Options) -> tuple[Any, int | None, float]:
     """The output, extra peak memory and seconds of one call."""
     if call.setup is not None:
         call.setup()
     start = time.perf_counter()
-    out, extra = memory.extra_peak(call.run, job.buffers)
+    out, extra = (gpu if options.on_gpu else memory).extra_peak(call.run, job.buffers)
     return out, extra, time.perf_counter() - start
 
 
-def _checked(job: Job, call: Call) -> tuple[Any, Row, float]:
+def _checked(job: Job, call: Call, options: Options) -> tuple[Any, Row, float]:
     """The output of ours, what is known after it was judged, and its seconds."""
-    out, extra, seconds = _measured(job, call)
-    return out, {"status": "ok", "errors": job.check(out), "extra_peak_bytes": extra}, seconds
+    out, extra, seconds = _measured(job, call, options)
+    with options.placed():
+        return out, {"status": "ok", "errors": job.check(out), "extra_peak_bytes": extra}, seconds
 
 
 def _rivals(job: Job, out: Any, options: Options, calls: dict[str, Call], known: dict[str, float]) -> list[Row]:
@@ -114,18 +150,20 @@ def _rivals(job: Job, out: Any, options: Options, calls: dict[str, Call], known:
             continue
         about: Row = {"name": name, "kind": rival.kind}
         found.append(about)
-        free = memory.available_bytes()
+        free = gpu.free_bytes() if options.on_gpu else memory.available_bytes()
         if free is not None and rival.extra_bytes > 0.8 * free:
             about["status"] = f"needs about {rival.extra_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             continue
         try:
-            call = rival.build()
-            other, extra, seconds = _measured(job, call)
+            with options.placed():
+                call = rival.build()
+            other, extra, seconds = _measured(job, call, options)
             if rival.kind != FLOOR:
-                job.agree(out, other)
+                with options.placed():
+                    job.agree(out, other)
             del other
             if any(word in name for word in COMPILED):  # the first call compiled
-                _, extra, seconds = _measured(job, call)
+                _, extra, seconds = _measured(job, call, options)
             about["extra_peak_bytes"] = extra
         except Unavailable as error:
             about["status"] = str(error)
@@ -140,8 +178,11 @@ def _rivals(job: Job, out: Any, options: Options, calls: dict[str, Call], known:
 
 
 def _rounds(calls: Mapping[str, Call], options: Options, known: Mapping[str, float]) -> dict[str, timing.Samples]:
+    clock = gpu.sample if options.on_gpu else timing.sample
     if options.fast:
-        return timing.interleave(calls, rounds=3, min_sample=1e-3)
+        return timing.interleave(calls, rounds=3, min_sample=1e-3, clock=clock)
+    if options.on_gpu:
+        return timing.interleave(calls, rounds=GPU_ROUNDS, min_sample=GPU_SAMPLE, clock=clock)
     return timing.interleave(calls, known=known)
 
 
@@ -149,7 +190,7 @@ def _timed(samples: timing.Samples) -> Row:
     return {"seconds": timing.spread(samples.seconds), "busy_cores": statistics.median(samples.busy)}
 
 
-def _judge(row: Row, job: Job, samples: Mapping[str, timing.Samples], rivals: Sequence[Row]) -> None:
+def _judge(row: Row, job: Job, samples: Mapping[str, timing.Samples], rivals: Sequence[Row], options: Options) -> None:
     mine = samples[f"ours {row['variant']}"]
     row |= _timed(mine) | {"rounds": len(mine.seconds), "rivals": []}
     for rival in rivals:
@@ -160,7 +201,9 @@ def _judge(row: Row, job: Job, samples: Mapping[str, timing.Samples], rivals: Se
         row["rivals"].append(entry)
     row["best"] = {kind: best_of(row["rivals"], kind) for kind in (NATURAL, DERIVED, FLOOR)}
     if job.work.ceiling != "none":
-        row["ceiling"] = _share(job, mine, samples)
+        row["ceiling"] = _share(job, mine, samples, options.device)
+    if f"graph {row['variant']}" in samples:
+        row["graph"] = timing.spread(samples[f"graph {row['variant']}"].seconds)
 
 
 def best_of(rivals: Sequence[Row], kind: str) -> str | None:
@@ -169,11 +212,11 @@ def best_of(rivals: Sequence[Row], kind: str) -> str | None:
     return min(done, key=lambda rival: float(rival["ratio"]["median"]))["name"] if done else None
 
 
-def _share(job: Job, mine: timing.Samples, samples: Mapping[str, timing.Samples]) -> Row:
+def _share(job: Job, mine: timing.Samples, samples: Mapping[str, timing.Samples], device: str) -> Row:
     """Of what the machine could do in the same round: the work that cannot be avoided, per second."""
     work = job.work
     ways = [s.seconds for name, s in samples.items() if name.startswith("ceiling")]
-    rates = [ceilings.work_per_call(work.ceiling) / min(way) for way in zip(*ways, strict=True)]
+    rates = [ceilings.work_per_call(work.ceiling, device) / min(way) for way in zip(*ways, strict=True)]
     shares = [work.amount / own / rate for own, rate in zip(mine.seconds, rates, strict=True)]
     return {
         "kind": work.ceiling,

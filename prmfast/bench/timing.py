@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prmfast.bench.case import Call
@@ -60,16 +60,20 @@ def sample(call: Call, repeats: int) -> tuple[float, float]:
     return walls / repeats, cpus / repeats
 
 
-def _repeats(call: Call, min_sample: float, known: float) -> tuple[int, float]:
+Clock = Callable[[Call, int], tuple[float, float]]
+"""Of a number of repeats of a call: wall and CPU seconds of one."""
+
+
+def _repeats(call: Call, min_sample: float, known: float, clock: Clock) -> tuple[int, float]:
     """Calls per sample so that it lasts ``min_sample``, from warm calls; and the seconds of one."""
     if known > LONG_CALL / 2:  # warm enough: it ran that long already
         return 1, known
-    first, _ = sample(call, 1)
+    first, _ = clock(call, 1)
     if first > 0.5:
         return 1, first
     count, seconds = 1, first
     while True:
-        seconds, _ = sample(call, count)
+        seconds, _ = clock(call, count)
         if seconds * count >= min_sample / 4 or count >= 1 << 20:
             return max(1, math.ceil(min_sample / max(seconds, 1e-9))), seconds
         count *= 4
@@ -82,6 +86,7 @@ def interleave(
     min_sample: float = MIN_SAMPLE,
     budget: float = BUDGET,
     known: Mapping[str, float] | None = None,
+    clock: Clock = sample,
 ) -> dict[str, Samples]:
     """Samples of every call, in rounds of one sample each; ``rounds`` by default as the budget allows.
 
@@ -89,7 +94,7 @@ def interleave(
     """
     repeats, seconds = {}, {}
     for name, call in calls.items():
-        repeats[name], seconds[name] = _repeats(call, min_sample, (known or {}).get(name, 0.0))
+        repeats[name], seconds[name] = _repeats(call, min_sample, (known or {}).get(name, 0.0), clock)
     if rounds is None:
         one_round = sum(repeats[name] * seconds[name] for name in calls)
         rounds = MORE_ROUNDS if one_round < SHORT_ROUND else ROUNDS
@@ -103,7 +108,7 @@ def interleave(
     try:
         for _ in range(rounds):
             for name, call in calls.items():
-                wall, cpu = sample(call, repeats[name])
+                wall, cpu = clock(call, repeats[name])
                 out[name].seconds.append(wall)
                 out[name].busy.append(cpu / wall)
     finally:

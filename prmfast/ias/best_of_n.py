@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prmfast._progress import progress as progress_bar
+from prmfast._ranges import stage
 from prmfast.calibration.data import CalibrationData
 from prmfast.calibration.features import FEATURE_NAMES, prefix_features, question_features
 from prmfast.engines.base import Engine, Scorer, Verifier
@@ -181,7 +182,8 @@ class BestOfN:
         """
         _check_questions(questions)
         book = Journal(journal, questions, {"policy_id": self.engine.policy_id, "prm_id": self.scorer.prm_id})
-        quantiles = self._first_estimate(questions, progress)
+        with stage("best_of_n.first_estimate"):
+            quantiles = self._first_estimate(questions, progress)
         expected = quantiles.double().mean(1).tolist()
         samples: list[list[Sample]] = [[] for _ in questions]
         candidates: list[list[Tensor]] = [[] for _ in questions]
@@ -189,14 +191,16 @@ class BestOfN:
         active, number = set(range(len(questions))), 0
         while active:
             number += 1
-            asked = self._ask(quantiles, samples, candidates)
+            with stage("best_of_n.budget"):
+                asked = self._ask(quantiles, samples, candidates)
             wanted = {i: n for i, n in enumerate(asked) if min(n, self.n_max) > len(samples[i])}
             for i in sorted(active | set(wanted)):
                 decisions.append(self._decision(i, number, len(samples[i]), asked[i], expected[i]))
             jobs = [(i, self.seed + k) for i, n in wanted.items() for k in range(len(samples[i]), min(n, self.n_max))]
             self._draw(questions, jobs, book, samples, candidates, f"round {number}", progress)
             active = set(wanted)
-        return self._result(questions, samples, decisions, expected)
+        with stage("best_of_n.pick"):
+            return self._result(questions, samples, decisions, expected)
 
     def _first_estimate(self, questions: Sequence[str], progress: bool) -> Tensor:
         parts: list[Tensor] = []
@@ -275,15 +279,19 @@ class BestOfN:
                 for sample in found:
                     samples[sample.question].append(sample)
                 if self.policy.uses_candidates:
-                    for sample, row in zip(found, self._candidate_quantiles(questions, found), strict=True):
+                    with stage("best_of_n.quantiles"):
+                        rows = self._candidate_quantiles(questions, found)
+                    for sample, row in zip(found, rows, strict=True):
                         candidates[sample.question].append(row)
                 bar.advance(len(chunk))
 
     def _sample(self, questions: Sequence[str], jobs: list[tuple[int, int]]) -> list[Sample]:
-        done = self.engine.sample([questions[i] for i, _ in jobs], [seed for _, seed in jobs])
+        with stage("best_of_n.sample"):
+            done = self.engine.sample([questions[i] for i, _ in jobs], [seed for _, seed in jobs])
         if len(done) != len(jobs):
             raise RuntimeError(f"engine must return one completion per prompt ({len(jobs)}), got {len(done)}")
-        scores = self.scorer.score([questions[i] for i, _ in jobs], [[completion.text] for completion in done])
+        with stage("best_of_n.score"):
+            scores = self.scorer.score([questions[i] for i, _ in jobs], [[completion.text] for completion in done])
         rows = []
         for (i, seed), completion, answers in zip(jobs, done, scores, strict=True):
             steps = tuple(float(score) for score in answers[0])

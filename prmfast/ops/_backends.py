@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
+from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_WIDEST, TRITON_WIDEST
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _MODULES: dict[str, dict[str, str]] = {
     "picnn": {
         "reference": "prmfast.kernels.picnn.reference",
         "cpu": "prmfast.ops._cpu.picnn",
+        "cuda": "prmfast.ops._cuda.picnn",
+        "triton": "prmfast.kernels.picnn.triton_impl",
     },
     "ias": {
         "reference": "prmfast.kernels.ias.reference",
@@ -27,10 +31,13 @@ _MODULES: dict[str, dict[str, str]] = {
     "candidate_td": {
         "reference": "prmfast.kernels.candidate_td.reference",
         "cpu": "prmfast.ops._cpu.candidate_td",
+        "cuda": "prmfast.ops._cuda.candidate_td",
+        "triton": "prmfast.kernels.candidate_td.triton_impl",
     },
     "dist_ppo": {
         "reference": "prmfast.kernels.dist_ppo.reference",
         "cpu": "prmfast.ops._cpu.dist_ppo",
+        "cuda": "prmfast.ops._cuda.dist_ppo",
         "triton": "prmfast.kernels.dist_ppo.triton_impl",
     },
 }
@@ -50,8 +57,28 @@ class Condition:
 _AMPERE = Condition("capability", "a GPU of compute capability 8.0 or newer", lambda capability: capability >= (8, 0))
 _NO_FLOAT64 = Condition("dtype", "float32, bfloat16 or float16", lambda dtype: dtype != torch.float64)
 
+_ON_LOGITS = Condition("op", "an op on logits, not a linear one", lambda op: not op.startswith("linear"))
+
 _CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
-    (room, backend): (_AMPERE, _NO_FLOAT64) for room in ROOMS for backend in ("cuda",)
+    ("picnn", "cuda"): (
+        _AMPERE,
+        Condition(
+            "widths",
+            f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",
+            lambda widths: len(widths) <= CUDA_DEEPEST and max(widths) <= CUDA_WIDEST,
+        ),
+    ),
+    ("picnn", "triton"): (
+        _AMPERE,
+        Condition("widths", f"hidden layers at most {TRITON_WIDEST} wide", lambda widths: max(widths) <= TRITON_WIDEST),
+    ),
+    ("candidate_td", "cuda"): (
+        _AMPERE,
+        _NO_FLOAT64,
+        Condition("p_min", "p_min >= 1 / 15: a row has 16 slots", lambda p_min: p_min >= 1 / 15),
+        _ON_LOGITS,
+    ),
+    ("dist_ppo", "cuda"): (_AMPERE, _NO_FLOAT64, _ON_LOGITS),
 }
 """What the backends of a GPU need beyond being there; those without a line take every call."""
 
@@ -121,7 +148,13 @@ def explain(room: str, device: str | torch.device = "cpu", **facts: Any) -> dict
     kind = torch.device(device).type
     if kind == "cuda":
         facts = {"capability": _capability(str(device)), **facts}
-    return {backend: _refusal(room, backend, facts) for backend in _PREFERRED.get(kind, ("reference",))}
+    tried = [backend for backend in _PREFERRED.get(kind, ("reference",)) if backend in _MODULES[room]]
+    return {backend: _refusal(room, backend, facts) for backend in tried}
+
+
+def needs(room: str, backend: str) -> tuple[str, ...]:
+    """What a call must bring so that ``backend`` of ``room`` takes it, in words."""
+    return tuple(condition.rule for condition in _CONDITIONS.get((room, backend), ()))
 
 
 @functools.cache

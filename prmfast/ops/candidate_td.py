@@ -12,7 +12,7 @@ from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.candidate_td.reference import output_dtype
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import Check
-from prmfast.ops._library import LIBRARY, once_differentiable
+from prmfast.ops._library import LIBRARY, implement, once_differentiable
 
 _Four = tuple[Tensor, ...]
 
@@ -30,8 +30,9 @@ LIBRARY.define(
 )
 
 
-def _implementation(tensor: Tensor, backend: str) -> Any:
-    return load("candidate_td", resolve("candidate_td", tensor.device, backend, dtype=tensor.dtype))
+def _implementation(tensor: Tensor, backend: str, **facts: Any) -> Any:
+    """The module that takes a call of these facts: op, dtype where it is not the tensor's own, p_min."""
+    return load("candidate_td", resolve("candidate_td", tensor.device, backend, **{"dtype": tensor.dtype, **facts}))
 
 
 def _check_columns(check: Check, name: str, value: Tensor, dim: int) -> None:
@@ -83,7 +84,8 @@ def _candidate_td(
     if sampled is not None:
         check.same_device("policy_logits", policy_logits, sampled=sampled)
         _check_ids(check, "sampled", sampled, *policy_logits.shape)
-    run = _implementation(policy_logits, backend).candidate_td
+    facts = {"op": "candidate_td", "dtype": output_dtype(policy_logits, reward_logits), "p_min": p_min}
+    run = _implementation(policy_logits, backend, **facts).candidate_td
     found: Candidates = run(policy_logits, reward_logits, p_min=p_min, beta=beta, sampled=sampled, **temperatures)
     return tuple(found)
 
@@ -113,7 +115,8 @@ def _linear_candidate_td(
     if sampled is not None:
         check.same_device("policy_hidden", policy_hidden, sampled=sampled)
         _check_ids(check, "sampled", sampled, rows, columns)
-    found: Candidates = _implementation(policy_hidden, backend).linear_candidate_td(
+    facts = {"op": "linear_candidate_td", "dtype": output_dtype(policy_hidden, reward_hidden), "p_min": p_min}
+    found: Candidates = _implementation(policy_hidden, backend, **facts).linear_candidate_td(
         policy_hidden,
         reward_hidden,
         policy_weight=policy_weight,
@@ -143,22 +146,24 @@ def _check_token(check: Check, logits: Tensor, ids: Tensor, temperature: float) 
 
 def _token_logprob(logits: Tensor, ids: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
     _check_token(Check("token_logprob"), logits, ids, temperature)
-    logp, norm = _implementation(logits, backend).token_logprob(logits, ids, temperature=temperature)
+    logp, norm = _implementation(logits, backend, op="token_logprob").token_logprob(
+        logits, ids, temperature=temperature
+    )
     return logp, norm
 
 
 def _token_logprob_backward(
     grad: Tensor, logits: Tensor, ids: Tensor, norm: Tensor, temperature: float, backend: str
 ) -> Tensor:
-    run = _implementation(logits, backend).token_logprob_backward
+    run = _implementation(logits, backend, op="token_logprob").token_logprob_backward
     out: Tensor = run(grad, logits, ids, norm, temperature=temperature)
     return out
 
 
-LIBRARY.impl("candidate_td", _candidate_td, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_candidate_td", _linear_candidate_td, "CompositeExplicitAutograd")
-LIBRARY.impl("token_logprob", _token_logprob, "CompositeExplicitAutograd")
-LIBRARY.impl("token_logprob_backward", _token_logprob_backward, "CompositeExplicitAutograd")
+implement("candidate_td", _candidate_td)
+implement("linear_candidate_td", _linear_candidate_td)
+implement("token_logprob", _token_logprob)
+implement("token_logprob_backward", _token_logprob_backward)
 
 
 def _fake_candidates(like: Tensor, dtype: torch.dtype) -> _Four:
@@ -228,8 +233,8 @@ def candidate_td(
 
     The candidates of DistRL ([V] arXiv 2604.13197 eq. 10 and sec. 4.2): every token y that the sampling policy gives at
     least ``p_min``, with A_TD(s_t, y) = beta (log pi_phi(y|s_t) - log pi_old(y|s_t)). At most 1 / p_min a row. One pass
-    over the logits and no [T, V] temporary on backend "cpu". p >= p_min (1 - 1e-5) counts, so that rounding does not
-    decide where p_min is met exactly.
+    over the logits and no [T, V] temporary but on backend "reference". p >= p_min (1 - 1e-5) counts, so that rounding
+    does not decide where p_min is met exactly.
 
     Args:
         policy_logits: [T, V] float32 | float64 | float16 | bfloat16 of pi_old, the policy that sampled. -inf is a token
@@ -276,8 +281,8 @@ def linear_candidate_td(
 ) -> Candidates:
     """Equals ``candidate_td(policy_hidden @ policy_weight.T, reward_hidden @ reward_weight.T)``, no [T, V] tensor made.
 
-    Logits are made and consumed in chunks of the vocabulary on backend "cpu". Half types are storage: their products
-    are summed in float32 and never rounded to the half type.
+    Logits are made and consumed in chunks of the vocabulary but on backend "reference". Half types are storage: their
+    products are summed in float32 and never rounded to the half type.
 
     Args:
         policy_hidden: [T, d] float32 | float64 | float16 | bfloat16, last hidden states of pi_old.

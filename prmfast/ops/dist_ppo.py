@@ -13,7 +13,7 @@ from prmfast.kernels.dist_ppo.reference import Rule
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import Check
 from prmfast.ops._dist_ppo_checks import check_all, check_layer, check_out, check_rows
-from prmfast.ops._library import LIBRARY, once_differentiable
+from prmfast.ops._library import LIBRARY, implement, once_differentiable
 
 _RULE = "Tensor[] candidates, Tensor? row_weight, float[] rule, str backend"
 _STATE = "Tensor offsets, Tensor token_ids, Tensor lse, Tensor coefficients, float temperature"
@@ -29,8 +29,8 @@ LIBRARY.define(
 )
 
 
-def _implementation(tensor: Tensor, backend: str) -> Any:
-    return load("dist_ppo", resolve("dist_ppo", tensor.device, backend, dtype=tensor.dtype))
+def _implementation(tensor: Tensor, backend: str, op: str = "dist_ppo") -> Any:
+    return load("dist_ppo", resolve("dist_ppo", tensor.device, backend, dtype=tensor.dtype, op=op))
 
 
 def _parse(candidates: list[Tensor], rule: list[float]) -> tuple[Candidates, Rule]:
@@ -128,7 +128,7 @@ def _linear(
     check, (held, parsed) = Check("linear_dist_ppo_loss"), _parse(candidates, rule)
     check_layer(check, hidden, weight)
     weights = check_all(check, held, row_weight, like=hidden, vocabulary=weight.shape[0])
-    loss, lse, coefficients = _implementation(hidden, backend).linear_dist_ppo(
+    loss, lse, coefficients = _implementation(hidden, backend, "linear_dist_ppo").linear_dist_ppo(
         hidden, weight, held, row_weight=weights, rule=parsed
     )
     check_rows(check, lse)
@@ -147,7 +147,7 @@ def _linear_backward(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    d_hidden, d_weight = _implementation(hidden, backend).linear_dist_ppo_backward(
+    d_hidden, d_weight = _implementation(hidden, backend, "linear_dist_ppo").linear_dist_ppo_backward(
         hidden,
         weight,
         offsets,
@@ -169,7 +169,7 @@ for _name, _function in (
     ("linear_dist_ppo", _linear),
     ("linear_dist_ppo_backward", _linear_backward),
 ):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    implement(_name, _function)
 
 
 # --- shapes without values

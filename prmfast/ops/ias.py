@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import FLOATS, Check
-from prmfast.ops._library import LIBRARY, once_differentiable
+from prmfast.ops._library import LIBRARY, implement, once_differentiable
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -106,11 +106,11 @@ def _allocate(quantiles: Tensor, total: int, n_max: int, n_min: int, backend: st
     return out
 
 
-LIBRARY.impl("ias_budget", _budget, "CompositeExplicitAutograd")
-LIBRARY.impl("ias_budget.number", _budget_number, "CompositeExplicitAutograd")
-LIBRARY.impl("ias_curve", _curve, "CompositeExplicitAutograd")
-LIBRARY.impl("ias_curve_backward", _curve_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("ias_allocate", _allocate, "CompositeExplicitAutograd")
+implement("ias_budget", _budget)
+implement("ias_budget.number", _budget_number)
+implement("ias_curve", _curve)
+implement("ias_curve_backward", _curve_backward)
+implement("ias_allocate", _allocate)
 
 
 @torch.library.register_fake("prmfast::ias_budget", lib=LIBRARY)

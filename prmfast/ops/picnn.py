@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prmfast._ranges import nvtx
 from prmfast.kernels.picnn import reference
 from prmfast.kernels.picnn.params import (
     ACTIVATIONS,
@@ -21,7 +22,7 @@ from prmfast.kernels.picnn.params import (
 from prmfast.kernels.picnn.reference import context_stage
 from prmfast.ops._backends import load, resolve
 from prmfast.ops._contract import FLOATS, Check
-from prmfast.ops._library import LIBRARY, once_differentiable
+from prmfast.ops._library import LIBRARY, implement, once_differentiable
 
 _HALVES = (torch.float16, torch.bfloat16)
 _N_OPTIONS = len(LevelOptions._fields)
@@ -59,13 +60,19 @@ def _names(activations: str) -> list[str]:
     return activations.split(",") if activations else []
 
 
-def _implementation(tensor: Tensor, backend: str) -> Any:
-    return load("picnn", resolve("picnn", tensor.device, backend, dtype=tensor.dtype))
+def _resolved(levels: Tensor, wz: Sequence[Tensor], backend: str) -> str:
+    """The backend that takes a call of this dtype and these widths."""
+    widths = tuple(int(w.shape[1]) for w in wz)
+    return resolve("picnn", levels.device, backend, dtype=levels.dtype, widths=widths)
+
+
+def _implementation(levels: Tensor, wz: Sequence[Tensor], backend: str) -> Any:
+    return load("picnn", _resolved(levels, wz, backend))
 
 
 def _levels(rows: Tensor, levels: Tensor, wz: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     *options, tolerance, precision, backend = rest
-    value, gradient = _implementation(levels, backend).picnn_levels(
+    value, gradient = _implementation(levels, wz, backend).picnn_levels(
         rows, levels, wz, options=LevelOptions(*options), tolerance=tolerance, precision=precision
     )
     return value, gradient
@@ -75,7 +82,7 @@ def _levels_backward(
     grad_value: Tensor, grad_gradient: Tensor, rows: Tensor, levels: Tensor, wz: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     *options, backend = rest
-    d_rows, d_levels, d_wz = _implementation(levels, backend).picnn_levels_backward(
+    d_rows, d_levels, d_wz = _implementation(levels, wz, backend).picnn_levels_backward(
         (grad_value, grad_gradient), rows, levels, wz, options=LevelOptions(*options)
     )
     return d_rows, d_levels, d_wz
@@ -85,7 +92,7 @@ def _network(
     context: Tensor, levels: Tensor, linears: list[Tensor], scales: list[Tensor], wz: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     activations, *options, tolerance, precision, backend = rest
-    implementation = _implementation(levels, backend)
+    implementation = _implementation(levels, wz, backend)
     rows, before = implementation.picnn_context(context, linears, scales, activations=_names(activations))
     value, gradient = implementation.picnn_levels(
         rows, levels, wz, options=LevelOptions(*options), tolerance=tolerance, precision=precision
@@ -106,7 +113,7 @@ def _network_backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     activations, context_gradient, *options, backend = rest
-    implementation = _implementation(levels, backend)
+    implementation = _implementation(levels, wz, backend)
     d_rows, d_levels, d_wz = implementation.picnn_levels_backward(
         (grad_value, grad_gradient), rows, levels, wz, options=LevelOptions(*options)
     )
@@ -122,7 +129,7 @@ for _name, _function in (
     ("picnn_network", _network),
     ("picnn_network_backward", _network_backward),
 ):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    implement(_name, _function)
 
 
 @torch.library.register_fake("prmfast::picnn_levels", lib=LIBRARY)
@@ -304,7 +311,7 @@ def picnn_map(
     if precision not in PRECISIONS:
         raise ValueError(f"picnn_map: precision must be one of {PRECISIONS}, got {precision!r}")
     wz, options = list(call.params.wz), call.params.options
-    if resolve("picnn", context.device, backend) == "reference":  # plain torch needs no op around it
+    if _resolved(call.levels, wz, backend) == "reference":  # plain torch needs no op around it
         rows = context_stage(call.params, call.context, call.scales)
         return reference.picnn_levels(rows, call.levels, wz, options=options, tolerance=tolerance, precision=precision)
     if call.params.transitions:
@@ -324,7 +331,8 @@ def picnn_map(
         precision,
     )
     if _is_plain_call((call.context, call.levels, *linears, *wz)):
-        value, gradient, _, _ = _network(*arguments, backend)
+        with nvtx("prmfast::picnn_network"):
+            value, gradient, _, _ = _network(*arguments, backend)
         return value, gradient
     out = torch.ops.prmfast.picnn_network(*arguments, backend)
     return out[0], out[1]
@@ -401,10 +409,9 @@ def picnn_step(
     if params.transitions:
         raise ValueError(f"picnn_step: params must have no transitions, got {len(params.transitions)}")
     wz, linears, options = list(call.params.wz), call.linears(), call.params.options
-    name = resolve("picnn", context.device, backend)
-    if name == "reference":
+    implementation, activations = _implementation(call.levels, wz, backend), _names(call.activations())
+    if implementation is reference:
         return _reference_step(call)
-    implementation, activations = load("picnn", name), _names(call.activations())
     rows, before = implementation.picnn_context(call.context, linears, call.scales, activations=activations)
     value, gradient = implementation.picnn_levels(
         rows, call.levels, wz, options=options, tolerance=0.0, precision="float32"

@@ -40,6 +40,14 @@ def run(policy: BudgetPolicy, engine: BernoulliEngine | None = None, **options: 
     return runner(policy, engine, **options).run(QUESTIONS, progress=False)
 
 
+def test_stages_have_stable_names_in_a_profile() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        run(TauStopping(0.5, 0.9, 4))
+    names = {event.key for event in recorded.key_averages() if event.key.startswith("prmfast.")}
+    stages = ("first_estimate", "budget", "sample", "score", "quantiles", "pick")
+    assert names == {f"prmfast.best_of_n.{stage}" for stage in stages}
+
+
 def test_draws_what_the_policy_says_and_picks_the_highest_raw_score() -> None:
     engine = BernoulliEngine()
     result = run(TargetBudget(0.9, 64), engine)

@@ -52,6 +52,16 @@ def moved(value: Any, device: str) -> Any:
     return value
 
 
+def answered(op: Callable[..., Any], *args: Any, backend: str, **kwargs: Any) -> Any:
+    """``op`` of ``backend``, or of what auto takes where that says that it does not take such a call."""
+    try:
+        return op(*args, backend=backend, **kwargs)
+    except ValueError as error:
+        if "does not take this call" not in str(error):
+            raise
+    return op(*args, backend="auto", **kwargs)
+
+
 def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
     """``op`` for CPU tensors, whatever device its ``backend`` runs on."""
 
@@ -60,7 +70,7 @@ def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
         if not (GPU and backend in GPU_BACKENDS):
             return op(*args, backend=backend, **kwargs)
         args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
-        return moved(op(*args, backend=backend, **kwargs), "cpu")
+        return moved(answered(op, *args, backend=backend, **kwargs), "cpu")
 
     return call
 
@@ -96,7 +106,7 @@ def on_device_into(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
         source = there.of(first)
         target = source if out is first else there.of(out)
         args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
-        loss, written = op(source, *args, out=target, backend=backend, **kwargs)
+        loss, written = answered(op, source, *args, out=target, backend=backend, **kwargs)
         if out is None:
             return loss.cpu(), written.cpu()
         there.bring_back()

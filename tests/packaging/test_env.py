@@ -60,6 +60,19 @@ def test_render_names_versions_rooms_and_reasons() -> None:
         assert part in text
 
 
+def test_what_auto_tries_on_a_gpu_is_explained_in_its_order() -> None:
+    facts = _env.collect()
+    for tried in facts["on_gpu"].values():
+        assert list(tried) == [b for b in ("cuda", "triton", "reference") if b in tried]
+        assert tried["reference"] == {"refused": None, "needs": []}
+    assert any("float32" in need for need in facts["on_gpu"]["candidate_td"]["cuda"]["needs"])
+    facts["on_gpu"]["ias"]["triton"] = {"refused": "no triton here", "needs": ["M <= 3"]}
+    text = rendered(facts)
+    assert "no triton here" in text
+    assert "M <= 3" in text
+    assert "compute capability 8.0" in text
+
+
 def test_a_missing_extension_and_missing_libraries_are_told() -> None:
     facts = _env.collect()
     facts["extension"] = {"missing": "no such file", "kernels": None, "cuda_runtime": None, "cuda_devices": None}

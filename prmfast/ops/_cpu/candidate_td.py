@@ -8,8 +8,8 @@ from torch import Tensor
 from prmfast.kernels.candidate_td import tuning
 from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.candidate_td.reference import output_dtype, row_error
+from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.ops._cpu._extension import _C
-from prmfast.ops._cpu._rows import contiguous_columns
 
 __all__ = ["candidate_td", "linear_candidate_td", "token_logprob", "token_logprob_backward"]
 

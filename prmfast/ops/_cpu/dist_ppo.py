@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from prmfast.kernels.candidate_td.candidates import Candidates
+from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.kernels.dist_ppo import reference
 from prmfast.kernels.dist_ppo.reference import Rule
 from prmfast.ops._cpu._extension import _C
-from prmfast.ops._cpu._rows import contiguous_columns
 from prmfast.ops._cpu.dist_ppo_blocks import linear_dist_ppo, linear_dist_ppo_backward
 
 __all__ = [
