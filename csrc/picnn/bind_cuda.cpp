@@ -24,9 +24,9 @@ Network with_weights(Network network, const std::vector<uintptr_t>& wz) {
 }
 
 void run_forward(const Network& network, const std::vector<uintptr_t>& wz, uintptr_t rows, int64_t row_stride, uintptr_t levels,
-                 int64_t level_stride, int64_t count, int m, bool split, uintptr_t value, uintptr_t gradient, uintptr_t stream) {
+                 int64_t level_stride, int64_t count, int m, float tolerance, bool split, uintptr_t value, uintptr_t gradient, uintptr_t stream) {
   const LevelsCall call{pointer<const float>(rows), row_stride, pointer<const float>(levels), level_stride, count, m,
-                        pointer<float>(value), pointer<float>(gradient)};
+                        tolerance, pointer<float>(value), pointer<float>(gradient)};
   forward(with_weights(network, wz), call, split, pointer<void>(stream));
 }
 
@@ -54,8 +54,8 @@ void bind(py::module_& m) {
       .def_readonly("row", &Network::row)
       .def("fragment_bytes", [](const Network& network, bool split) { return fragment_bytes(network, split); });
   m.def("forward", &run_forward, py::kw_only(), py::arg("network"), py::arg("wz"), py::arg("rows"), py::arg("row_stride"),
-        py::arg("levels"), py::arg("level_stride"), py::arg("count"), py::arg("m"), py::arg("split"), py::arg("value"),
-        py::arg("gradient"), py::arg("stream"));
+        py::arg("levels"), py::arg("level_stride"), py::arg("count"), py::arg("m"), py::arg("tolerance"), py::arg("split"),
+        py::arg("value"), py::arg("gradient"), py::arg("stream"));
   m.def("prepare", &run_prepare, py::kw_only(), py::arg("network"), py::arg("wz"), py::arg("split"), py::arg("fragments"), py::arg("stream"));
   m.def("serve", &run_serve, py::kw_only(), py::arg("network"), py::arg("wz"), py::arg("fragments"), py::arg("input"),
         py::arg("input_stride"), py::arg("inputs"), py::arg("weight"), py::arg("bias"), py::arg("levels"), py::arg("quadrature"),

@@ -107,6 +107,7 @@ void run(const Network& network, const LevelsCall& call, cudaStream_t stream) {
 
 void forward(const Network& network, const LevelsCall& call, bool split, void* stream) {
   if (call.count == 0 || call.m == 0) return;
+  if (split && worth_interpolating(network, call)) return forward_interpolated(network, call, stream);
   const auto on = static_cast<cudaStream_t>(stream);
   switch (network.padded) {
     case 16:

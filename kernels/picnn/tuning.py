@@ -1,13 +1,79 @@
-"""From where on the products of the context stage are worth packing into AMX tiles, and what the CUDA kernels take."""
+"""Sizes that are chosen, not derived, with the reason beside each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 LEAST_SIDE = 64
-"""Rows and depth of a product; fewer leave tiles half empty."""
+"""AMX: rows and depth of a product of the context stage; fewer leave tiles half empty."""
 
 LEAST_PRODUCT = 1 << 22
-"""Multiply-adds; below, packing costs more than the tiles save."""
+"""AMX: multiply-adds of such a product; below, packing costs more than the tiles save."""
 
 CUDA_WIDEST, CUDA_DEEPEST = 64, 8
 """Width and number of hidden layers: value and tangent of a row stay in registers, all weights in shared memory."""
 
 CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS = 512, 1024
 """Of the serving head: inputs of an affine head that its launch holds, and levels whose quantiles a block keeps."""
+
+TRITON_WIDEST = 128
+"""Units of the widest layer: at 256, one row of a product takes every register that a thread has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Points and warps of a Triton program; stacked: value and tangent go through a product as one matrix.
+
+    A warp of tensor cores holds 16 rows of a product and all their columns: value and tangent of 16 points are 64
+    registers a thread at 64 columns. Stacked, a warp has one of the two.
+    """
+
+    block: int
+    warps: int
+    stacked: bool
+
+
+_WHOLE, _STACKED, _SMALL = Tile(64, 4, False), Tile(32, 4, True), Tile(16, 4, True)
+
+
+def forward_tile(units: int, m: int, *, keep: bool) -> Tile:
+    """Many levels share one row of coefficients a tile: registers are left for value and tangent of 16 points a warp.
+
+    Not so where every point has its own coefficients, or the tape is kept: stacked. More than 64 units: half as many points, and two warps make the same products, but nothing spills.
+    """
+    if units > 64:
+        return _SMALL
+    return _WHOLE if m > _STACKED.block and not keep else _STACKED
+
+
+def adjoint_tile() -> Tile:
+    """Seven numbers a unit are alive where the forward pass has four; a training step has few points and many cores."""
+    return _SMALL
+
+
+PASSES = {"float32": 3, "bfloat16": 1}
+"""bfloat16 products that make up one of the network, by precision."""
+
+
+def exact_passes(units: int) -> int:
+    """Of the backward pass. Gradients of weights are sums that cancel: they get float32's own accuracy.
+
+    More than 64 units: three parts of each operand do not fit into registers, and more terms average the error.
+    """
+    return 6 if units <= 64 else PASSES["float32"]
+
+
+TAPE_BYTES = 1 << 28
+"""Largest tape of a backward pass with its inputs; more contexts take turns."""
+
+
+def contexts_of_a_tape(numbers: int, m: int) -> int:
+    """How many contexts with m levels share a tape, at ``numbers`` units a point."""
+    return max(1, TAPE_BYTES // (16 * numbers * m))
+
+
+PACKED_ROWS, PACK_WARPS = 16, 4
+"""Rows of a matrix that a program packs: 128 programs for three layers of 64 are done in one wave."""
+
+ORDER_BLOCK, ORDER_WARPS = 64, 4
+"""Levels that a program compares with as many others at a time: 32 comparisons a thread."""

@@ -60,9 +60,14 @@ def _names(activations: str) -> list[str]:
     return activations.split(",") if activations else []
 
 
-def _implementation(levels: Tensor, wz: Sequence[Tensor], backend: str) -> Any:
+def _resolved(levels: Tensor, wz: Sequence[Tensor], backend: str) -> str:
+    """The backend that takes a call of this dtype and these widths."""
     widths = tuple(int(w.shape[1]) for w in wz)
-    return load("picnn", resolve("picnn", levels.device, backend, dtype=levels.dtype, widths=widths))
+    return resolve("picnn", levels.device, backend, dtype=levels.dtype, widths=widths)
+
+
+def _implementation(levels: Tensor, wz: Sequence[Tensor], backend: str) -> Any:
+    return load("picnn", _resolved(levels, wz, backend))
 
 
 def _levels(rows: Tensor, levels: Tensor, wz: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
@@ -306,7 +311,7 @@ def picnn_map(
     if precision not in PRECISIONS:
         raise ValueError(f"picnn_map: precision must be one of {PRECISIONS}, got {precision!r}")
     wz, options = list(call.params.wz), call.params.options
-    if resolve("picnn", context.device, backend) == "reference":  # plain torch needs no op around it
+    if _resolved(call.levels, wz, backend) == "reference":  # plain torch needs no op around it
         rows = context_stage(call.params, call.context, call.scales)
         return reference.picnn_levels(rows, call.levels, wz, options=options, tolerance=tolerance, precision=precision)
     if call.params.transitions:

@@ -9,7 +9,12 @@ import numpy as np
 
 from tests.cuda.library import Library, build
 
-SOURCES = ("csrc/picnn/levels_cuda.cu", "csrc/picnn/head_cuda.cu", "tests/cuda/picnn_shim.cpp")
+SOURCES = (
+    "csrc/picnn/levels_cuda.cu",
+    "csrc/picnn/interpolate_cuda.cu",
+    "csrc/picnn/head_cuda.cu",
+    "tests/cuda/picnn_shim.cpp",
+)
 _INT, _LONG, _BOOL = ctypes.c_int, ctypes.c_int64, ctypes.c_bool
 
 
@@ -22,7 +27,7 @@ class _NetworkOf(ctypes.Structure):
 class _LevelsCall(ctypes.Structure):
     _fields_ = [
         ("rows", _LONG), ("row_stride", _LONG), ("levels", _LONG), ("level_stride", _LONG), ("count", _LONG),
-        ("m", _INT), ("value", _LONG), ("gradient", _LONG),
+        ("m", _INT), ("tolerance", ctypes.c_float), ("value", _LONG), ("gradient", _LONG),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the CUDA backends of candidate_td and dist_ppo take, and that the ops tell them what they ask for."""
+"""What the CUDA backends take, and that the ops tell them what they ask for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from prmfast import ops
 from prmfast.ops import _backends
-from prmfast.testing import make_inputs
+from prmfast.testing import make_inputs, make_picnn
 
 
 @pytest.fixture
@@ -33,6 +33,9 @@ def everything_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
         ("dist_ppo", {"op": "dist_ppo", "dtype": torch.float32}, None),
         ("dist_ppo", {"op": "dist_ppo", "dtype": torch.float64}, "float32, bfloat16 or float16"),
         ("dist_ppo", {"op": "linear_dist_ppo", "dtype": torch.float32}, "an op on logits"),
+        ("picnn", {"widths": (64,) * 8, "dtype": torch.float64}, None),
+        ("picnn", {"widths": (8, 65)}, "at most 8 hidden layers, each at most 64 wide, got .8, 65."),
+        ("picnn", {"widths": (1,) * 9}, "at most 8 hidden layers"),
     ],
 )
 def test_auto_goes_on_where_cuda_does_not_take_the_call(room: str, facts: dict[str, Any], refused: str | None) -> None:
@@ -70,3 +73,15 @@ def test_the_ops_tell_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         *3 * [(other, "dist_ppo", single, None)],
         *2 * [(other, "linear_dist_ppo", single, None)],
     ]
+
+
+def test_picnn_tells_its_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    def resolve(room: str, device: object, backend: str, **facts: Any) -> str:
+        told.append((room, facts["dtype"], facts["widths"]))
+        return "reference"
+
+    monkeypatch.setattr(importlib.import_module("prmfast.ops.picnn"), "resolve", resolve)
+    ops.picnn_step(make_picnn(5, (7, 3), dtype=torch.float32), torch.zeros(2, 5), torch.zeros(2, 4))
+    assert told == [("picnn", torch.float32, (7, 3))]

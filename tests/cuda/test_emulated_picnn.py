@@ -13,7 +13,6 @@ from torch import Tensor
 from prmfast.kernels.picnn import reference
 from prmfast.kernels.picnn.params import CoefficientLayout, LevelOptions, PicnnParams
 from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_WIDEST
-from prmfast.ops._backends import _CONDITIONS
 from prmfast.testing import make_picnn
 from tests.cuda.adapters import adapter, guarded
 from tests.cuda.library import Library
@@ -61,10 +60,15 @@ def problem(
 
 
 def run(
-    cuda: ModuleType, params: PicnnParams, rows: Tensor, levels: Tensor, precision: str = "float32"
+    cuda: ModuleType,
+    params: PicnnParams,
+    rows: Tensor,
+    levels: Tensor,
+    precision: str = "float32",
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     value, gradient = cuda.picnn_levels(
-        rows, levels, params.wz, options=params.options, tolerance=1e-5, precision=precision
+        rows, levels, params.wz, options=params.options, tolerance=tolerance, precision=precision
     )
     return value, gradient
 
@@ -122,20 +126,21 @@ def test_softplus_and_sigmoid_within_3e_7(cuda: ModuleType) -> None:
     assert bool(((gradient[0] - torch.sigmoid(x.double())).abs() <= 3e-7).all())
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", ["float32", "interpolated", "bfloat16"])
 @pytest.mark.parametrize("steepness", [1e-4, 1.0, 300.0])
 @pytest.mark.parametrize("order", ["ascending", "descending", "shuffled", "ties"])
-def test_the_gradient_never_falls(cuda: ModuleType, precision: str, steepness: float, order: str) -> None:
+def test_the_gradient_never_falls(cuda: ModuleType, how: str, steepness: float, order: str) -> None:
     params, rows, levels = problem((16, 16), 4, 77, steepness=steepness)
     levels = (levels * 20).round() / 20
     if order != "ties":
         levels = levels + 1e-7 * torch.rand(levels.shape)  # rounding decides the order of neighbours
     if order in ("ascending", "descending"):
         levels = levels.sort(1, descending=order == "descending").values
-    gradient = run(cuda, params, rows, levels, precision)[1]
+    precision = "bfloat16" if how == "bfloat16" else "float32"
+    gradient = run(cuda, params, rows, levels, precision, 1e-5 if how == "interpolated" else 0.0)[1]
     sorted_order = levels.argsort(dim=1, stable=True)
     assert bool((gradient.gather(1, sorted_order).diff(dim=1) >= 0).all())
-    exact, limit = truth(params, rows, levels)[1], 1e-2 if precision == "bfloat16" else 3e-5
+    exact, limit = truth(params, rows, levels)[1], {"float32": 3e-5, "interpolated": 4e-5, "bfloat16": 1e-2}[how]
     assert errors((gradient, gradient), (exact, exact))[1] <= limit
 
 
@@ -175,6 +180,82 @@ def test_a_row_does_not_depend_on_its_batch(
         for ours, other, theirs in zip(alone, turned, batch, strict=True):
             assert torch.equal(ours[0], theirs[i])
             assert torch.equal(other[0].flip(0), theirs[i])
+
+
+@pytest.mark.parametrize("widths", [(7, 9, 6), (32, 32), (64, 64, 64, 64)], ids=str)
+@pytest.mark.parametrize("steepness", [0.1, 1.0, 30.0, 1000.0])
+def test_interpolation_keeps_its_tolerance(cuda: ModuleType, widths: tuple[int, ...], steepness: float) -> None:
+    """Row by row: 1e-5 of the row's mean magnitude beside what direct evaluation has."""
+    params, rows, levels = problem(widths, 4, 70, steepness=steepness, curvature=True)
+    levels[1] = torch.linspace(0.005, 0.995, 70)
+    levels[2] = torch.linspace(0.3, 0.31, 70)
+    exact = truth(params, rows, levels)[1]
+
+    def error(tolerance: float) -> Tensor:
+        found = run(cuda, params, rows, levels, tolerance=tolerance)[1]
+        return (found.double() - exact).abs().amax(1) / exact.abs().mean(1)
+
+    direct = error(0.0)
+    for tolerance in (1e-5, 1e-4):
+        assert bool((error(tolerance) <= direct + 1e-6 + tolerance).all())
+
+
+def test_interpolation_happens_where_it_can(cuda: ModuleType, library: Library) -> None:
+    """Smooth rows are interpolated, some of them from 65 points; steps, and rows of one level, are evaluated."""
+    params, rows, levels = problem((32, 32), 16, 100, curvature=True)
+    rows[:3, :64] *= 1000.0
+    levels[3] = 0.25
+    rows[4:10, :64] *= 6.0
+    library.on(90, multiprocessors=1)
+
+    def evaluated(m: int) -> list[bool]:
+        direct = run(cuda, params, rows, levels[:, :m])
+        found = run(cuda, params, rows, levels[:, :m], tolerance=1e-5)
+        torch.testing.assert_close(found, direct, rtol=1e-4, atol=1e-4)
+        both = [(d == f).all(1) for d, f in zip(direct, found, strict=True)]
+        assert torch.equal(*both)
+        return [bool(same) for same in both[0]]
+
+    assert evaluated(100) == [True] * 4 + [False] * 12
+    few = evaluated(80)  # too few for 65 points
+    assert any(few[4:10])
+    assert few[:4] + few[10:] == [True] * 4 + [False] * 6
+
+
+@pytest.mark.parametrize(("precision", "m"), [("bfloat16", 100), ("float32", 43)])
+def test_where_nothing_is_interpolated(cuda: ModuleType, library: Library, precision: str, m: int) -> None:
+    params, rows, levels = problem((32, 32), 3, m)
+    direct = run(cuda, params, rows, levels, precision)
+    found = run(cuda, params, rows, levels, precision, 1e-5)
+    assert all(torch.equal(d, f) for d, f in zip(direct, found, strict=True))
+    assert library.launches[0] == library.launches[1]
+
+
+@pytest.mark.parametrize("widths", [(7, 9, 6), (64, 64)], ids=str)
+def test_an_interpolated_row_does_not_depend_on_its_batch(
+    cuda: ModuleType, library: Library, widths: tuple[int, ...]
+) -> None:
+    params, rows, levels = problem(widths, 17, 90, curvature=True)
+    rows[::3, : 2 * widths[0]] *= 30.0
+    library.on(80, multiprocessors=1, backwards=True)
+    batch = run(cuda, params, rows, levels, tolerance=1e-5)
+    library.on(90, multiprocessors=132)
+    again = run(cuda, params, rows, levels, tolerance=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(again, batch, strict=True))
+    for i in (0, 8, 16):
+        alone = run(cuda, params, rows[i : i + 1], levels[i : i + 1], tolerance=1e-5)
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, batch, strict=True))
+
+
+def test_nan_where_rows_are_interpolated(cuda: ModuleType) -> None:
+    params, rows, levels = problem((16, 16), 4, 60, curvature=True)
+    clean = run(cuda, params, rows, levels, tolerance=1e-5)
+    rows[1, 0] = torch.nan
+    levels[2, 6] = torch.nan
+    for ours, theirs in zip(run(cuda, params, rows, levels, tolerance=1e-5), clean, strict=True):
+        assert bool(ours[1].isnan().all())
+        assert ours[2].isnan().nonzero().tolist() == [[6]]
+        assert torch.equal(ours[[0, 3]], theirs[[0, 3]])
 
 
 def test_strides(cuda: ModuleType) -> None:
@@ -226,10 +307,10 @@ def test_the_largest_network(cuda: ModuleType, library: Library, capability: int
     assert errors(run(cuda, params, rows, levels, precision), truth(params, rows, levels))[1] <= limit
 
 
-def test_larger_networks_are_left_to_others(cuda: ModuleType) -> None:
-    (widths,) = (c for c in _CONDITIONS["picnn", "cuda"] if c.fact == "widths")
-    for sizes, taken in (((CUDA_WIDEST,) * CUDA_DEEPEST, True), ((1,) * 9, False), ((8, CUDA_WIDEST + 1), False)):
-        assert widths.holds(sizes) == taken
-        if not taken:
-            with pytest.raises(RuntimeError, match=r"must (have 1 to 8 hidden layers|be at most 64), got (9|65)"):
-                cuda.network_of((*sizes, 1), LevelOptions())
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [((1,) * (CUDA_DEEPEST + 1), "have 1 to 8 hidden layers, got 9"), ((8, CUDA_WIDEST + 1), "be at most 64, got 65")],
+)
+def test_larger_networks_are_refused(cuda: ModuleType, widths: tuple[int, ...], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"must {message}"):
+        cuda.network_of((*widths, 1), LevelOptions())

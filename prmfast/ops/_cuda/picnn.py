@@ -48,7 +48,7 @@ def network_of(widths: tuple[int, ...], options: LevelOptions) -> Any:
 def picnn_levels(
     rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions, tolerance: float, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """See the reference, which float64 is left to; every level is evaluated. precision="bfloat16" multiplies in it."""
+    """See the reference, which float64 is left to; rows of many levels may be interpolated within ``tolerance``."""
     if levels.dtype == torch.float64:
         return reference.picnn_levels(rows, levels, wz, options=options, tolerance=tolerance, precision=precision)
     widths = (*(int(w.shape[1]) for w in wz), 1)
@@ -64,6 +64,7 @@ def picnn_levels(
             level_stride=levels.stride(0),
             count=levels.shape[0],
             m=levels.shape[1],
+            tolerance=tolerance,
             split=precision != "bfloat16",
             value=value.data_ptr(),
             gradient=gradient.data_ptr(),
