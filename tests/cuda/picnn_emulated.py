@@ -9,7 +9,12 @@ import numpy as np
 
 from tests.cuda.library import Library, build
 
-SOURCES = ("csrc/picnn/levels_cuda.cu", "csrc/picnn/interpolate_cuda.cu", "csrc/picnn/head_cuda.cu", "tests/cuda/picnn_shim.cpp")
+SOURCES = (
+    "csrc/picnn/levels_cuda.cu",
+    "csrc/picnn/interpolate_cuda.cu",
+    "csrc/picnn/head_cuda.cu",
+    "tests/cuda/picnn_shim.cpp",
+)
 _INT, _LONG, _BOOL = ctypes.c_int, ctypes.c_int64, ctypes.c_bool
 
 
