@@ -103,7 +103,7 @@ def _backward_of_part(
     """d rows, d levels and d wz (padded to whole tiles) of some contexts; given: both gradients, rows and levels."""
     by_value, by_gradient, rows, levels = given
     count, m = levels.shape
-    tile = tuning.adjoint_tile()
+    tile = tuning.adjoint_tile(network.units)
     chunks = triton.cdiv(m, _together(tile, m))
     points = count * m
     tape = rows.new_empty(len(network.widths), 4 * points, network.units)
@@ -143,7 +143,7 @@ class _Network(NamedTuple):
     @property
     def units(self) -> int:
         """Columns of a tile: tensor cores multiply 16 at least."""
-        return max(16, triton.next_power_of_2(max(self.widths)))
+        return max(16, int(triton.next_power_of_2(max(self.widths))))
 
     @property
     def leak(self) -> float:
@@ -202,7 +202,7 @@ def _pack(network: _Network, wz: Sequence[Tensor]) -> _Packed:
 
 def _together(tile: tuning.Tile, m: int) -> int:
     """Levels of one context in a tile."""
-    return min(tile.block, triton.next_power_of_2(m))
+    return min(tile.block, int(triton.next_power_of_2(m)))
 
 
 def _programs(tile: tuning.Tile, count: int, m: int) -> int:
@@ -284,7 +284,7 @@ def _forward_variant(network: _Network, m: int, passes: int, *, keep: bool) -> V
 
 
 def _adjoint_variant(network: _Network, m: int) -> Variant:
-    tile = tuning.adjoint_tile()
+    tile = tuning.adjoint_tile(network.units)
     outputs = ("grad_value", "grad_gradient", "tape", "d_rows", "d_levels")
     types = _POINT_TYPES | dict.fromkeys(outputs, "*fp32")
     constants = network.constants(tile, m) | {"PASSES": tuning.exact_passes(network.units), "EMULATED": False}

@@ -39,16 +39,17 @@ _WHOLE, _STACKED, _SMALL = Tile(64, 4, False), Tile(32, 4, True), Tile(16, 4, Tr
 def forward_tile(units: int, m: int, *, keep: bool) -> Tile:
     """Many levels share one row of coefficients a tile: registers are left for value and tangent of 16 points a warp.
 
-    Not so where every point has its own coefficients, or the tape is kept: stacked. More than 64 units: half as many points, and two warps make the same products, but nothing spills.
+    Not so where every point has its own coefficients, or the tape is kept: stacked. More than 64 units: half as many
+    points, and two warps make the same products, but nothing spills.
     """
     if units > 64:
         return _SMALL
     return _WHOLE if m > _STACKED.block and not keep else _STACKED
 
 
-def adjoint_tile() -> Tile:
+def adjoint_tile(units: int) -> Tile:
     """Seven numbers a unit are alive where the forward pass has four; a training step has few points and many cores."""
-    return _SMALL
+    return _SMALL if units <= 64 else Tile(16, 8, True)
 
 
 PASSES = {"float32": 3, "bfloat16": 1}

@@ -20,6 +20,11 @@ GPU = torch.cuda.is_available()
 GPU_BACKENDS = ("triton", "cuda")
 
 
+def home(backend: str) -> str:
+    """The device that ``backend`` runs on here."""
+    return "cuda" if GPU and backend in GPU_BACKENDS else "cpu"
+
+
 def backends(room: str, *, interpreted: bool = True) -> tuple[str, ...]:
     """Every backend of ``room`` that runs on this machine, the reference first.
 
@@ -52,6 +57,11 @@ def moved(value: Any, device: str) -> Any:
     return value
 
 
+def moved_values(values: dict[str, Any], device: str) -> dict[str, Any]:
+    """`moved` for keyword arguments."""
+    return {name: moved(value, device) for name, value in values.items()}
+
+
 def answered(op: Callable[..., Any], *args: Any, backend: str, **kwargs: Any) -> Any:
     """``op`` of ``backend``, or of what auto takes where that says that it does not take such a call."""
     try:
@@ -69,7 +79,7 @@ def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         if not (GPU and backend in GPU_BACKENDS):
             return op(*args, backend=backend, **kwargs)
-        args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
+        args, kwargs = moved(args, "cuda"), moved_values(kwargs, "cuda")
         return moved(answered(op, *args, backend=backend, **kwargs), "cpu")
 
     return call
@@ -105,7 +115,7 @@ def on_device_into(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
         there = _There()
         source = there.of(first)
         target = source if out is first else there.of(out)
-        args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
+        args, kwargs = moved(args, "cuda"), moved_values(kwargs, "cuda")
         loss, written = answered(op, source, *args, out=target, backend=backend, **kwargs)
         if out is None:
             return loss.cpu(), written.cpu()
@@ -113,6 +123,18 @@ def on_device_into(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
         return loss.cpu(), out
 
     return call
+
+
+def picnn_step(*args: Any, backend: str = "auto", **kwargs: Any) -> ops.PicnnStep:
+    """`on_device` for `prmfast.ops.picnn_step`, whose answer holds a function."""
+    if not (GPU and backend in GPU_BACKENDS):
+        return ops.picnn_step(*args, backend=backend, **kwargs)
+    step = answered(ops.picnn_step, *moved(args, "cuda"), backend=backend, **moved_values(kwargs, "cuda"))
+
+    def pull_back(by_value: Tensor, by_gradient: Tensor, context_gradient: bool) -> Any:
+        return moved(step.pull_back(by_value.to("cuda"), by_gradient.to("cuda"), context_gradient), "cpu")
+
+    return ops.PicnnStep(step.value.cpu(), step.gradient.cpu(), pull_back)
 
 
 candidate_td = on_device(ops.candidate_td)

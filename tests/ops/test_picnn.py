@@ -15,12 +15,13 @@ from torch import Tensor
 
 from prmfast import ops
 from prmfast.kernels.picnn.params import PicnnParams
-from prmfast.ops import available, picnn_map, picnn_step, resolve
+from prmfast.ops import resolve
 from prmfast.ops._backends import load
 from prmfast.ops.picnn import context_stage
 from prmfast.testing import assert_within_budget, make_inputs, make_picnn, poison
+from tests.ops.device import backends, home, moved, picnn_map, picnn_step
 
-BACKENDS = available("picnn")
+BACKENDS = backends("picnn")
 WIDTHS = {"one": (1,), "narrow": (1, 1), "odd": (7, 9, 6), "calibrator": (32, 32), "deep": (16, 16, 16, 16)}
 SHAPES = {"one": (1, 1), "row": (1, 11), "column": (5, 1), "odd": (3, 13), "tile+1": (2, 129)}
 NETWORKS = {
@@ -356,21 +357,21 @@ def test_opcheck(backend: str) -> None:
     for expand in (False, True):
         points = levels[:1].expand(2, -1) if expand else levels
         rows = context_stage(params, context).requires_grad_()
-        arguments = (rows, points, list(params.wz), *params.options, 1e-5, "float32", backend)
+        arguments = moved((rows, points, list(params.wz), *params.options, 1e-5, "float32", backend), home(backend))
         torch.library.opcheck(torch.ops.prmfast.picnn_levels.default, arguments)
     rows, wz = context_stage(params, context), list(params.wz)
     backward = (levels, levels, rows, levels, wz, *params.options, backend)
-    torch.library.opcheck(torch.ops.prmfast.picnn_levels_backward.default, backward)
+    torch.library.opcheck(torch.ops.prmfast.picnn_levels_backward.default, moved(backward, home(backend)))
     linears = [torch.randn(4, 3).double(), torch.randn(4).double(), torch.randn(*rows.shape[1:], 4).double(), rows[0]]
     scales, before = [torch.rand(2, 4).double()], [torch.randn(2, 4).double()]
     for context_gradient in (False, True):
         leaf = context.clone().requires_grad_(context_gradient)
         learnt = [t.detach().clone().requires_grad_() for t in linears]
         network = (leaf, levels, learnt, scales, wz, "silu", *params.options, 1e-5, "float32", backend)
-        torch.library.opcheck(torch.ops.prmfast.picnn_network.default, network)
+        torch.library.opcheck(torch.ops.prmfast.picnn_network.default, moved(network, home(backend)))
         backward = (levels, levels, context, levels, linears, scales, wz, rows, before, "silu", context_gradient)
         opcheck_arguments = (*backward, *params.options, backend)
-        torch.library.opcheck(torch.ops.prmfast.picnn_network_backward.default, opcheck_arguments)
+        torch.library.opcheck(torch.ops.prmfast.picnn_network_backward.default, moved(opcheck_arguments, home(backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -405,7 +406,7 @@ def test_rows_do_not_depend_on_the_batch(backend: str) -> None:
 
     def run(rows: slice) -> Tensor:
         arguments = (coefficients[rows], levels[rows], list(params.wz), *params.options, 1e-5, "float32", backend)
-        return torch.ops.prmfast.picnn_levels(*arguments)[1]
+        return torch.ops.prmfast.picnn_levels(*moved(arguments, home(backend)))[1]
 
     assert torch.equal(run(slice(None))[3], run(slice(3, 4))[0])
 
@@ -498,9 +499,9 @@ def test_every_backend_has_the_same_parameters() -> None:
         ),
         ({"backend": "fpga"}, ValueError, "backend must be 'auto' or one of .* got 'fpga'"),
         (
-            {"backend": "triton"},
-            RuntimeError,
-            "backend='triton' of picnn cannot be used here: .*; usable on cpu: reference",
+            {"backend": "cuda"},
+            (RuntimeError, ValueError),
+            "backend='cuda' (of picnn cannot be used here: .*|runs on cuda, got tensors on cpu); usable.*: reference",
         ),
         ({"params": "weights"}, TypeError, "params must be PicnnParams, got str"),
         (
@@ -537,10 +538,10 @@ def test_resolve_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("picnn") == ("cpu" if "cpu" in BACKENDS else "reference")
     monkeypatch.setenv("PRMFAST_BACKEND", "reference")
     assert resolve("picnn") == "reference"
-    assert resolve("picnn", backend=BACKENDS[-1]) == BACKENDS[-1]
+    assert resolve("picnn", home(BACKENDS[-1]), backend=BACKENDS[-1]) == BACKENDS[-1]
     with pytest.raises(ValueError, match="room must be one of"):
         resolve("pool")
-    assert ops.picnn_map is picnn_map
+    assert ops.picnn_map is picnn_map.__wrapped__  # type: ignore[attr-defined]
 
 
 def test_without_the_extension_the_reference_runs() -> None:
@@ -551,5 +552,6 @@ def test_without_the_extension_the_reference_runs() -> None:
         "try: resolve('picnn', backend='cpu')\n"
         "except RuntimeError as error: print(error)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "pip install -e ." in told.stdout

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prmfast.calibration.objectives import dual_conjugate_loss, dual_map_loss
 from prmfast.kernels.picnn.released import negative_weight_penalty, params_from_released, potential, transport
-from prmfast.ops import available, picnn_map
+from tests.ops.device import backends, picnn_map
 from tests.vectors import Vectors, assert_relative
 
 PICNN_CASES = ["d1_c4_h8x3", "d3_c5_h8x2", "d1_c4_default_init", "d1_c4_relu", "d1_c4_u_8_12_12"]
@@ -75,7 +75,7 @@ def check_gradients(loss: Tensor, weights: dict[str, Tensor], expected: dict[str
         assert_relative(gradient, expected[f"{prefix}.{key}"], 1e-9)
 
 
-@pytest.mark.parametrize("backend", available("picnn"))
+@pytest.mark.parametrize("backend", backends("picnn"))
 @pytest.mark.parametrize("name", [name for name in PICNN_CASES if name.startswith("d1")])
 def test_the_op_runs_released_checkpoints(picnn_vectors: Vectors, name: str, backend: str) -> None:
     case = next(c for c in picnn_vectors.cases if c["case"] == name)
@@ -88,7 +88,7 @@ def test_the_op_runs_released_checkpoints(picnn_vectors: Vectors, name: str, bac
         assert_relative(gradient.detach(), expected[f"T_{SUFFIX[dtype]}"], TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("backend", available("picnn"))
+@pytest.mark.parametrize("backend", backends("picnn"))
 def test_distributional_prm_variant(shared_vectors: Path, backend: str) -> None:
     vectors = Vectors(shared_vectors / "condot_dprm.npz")
     for case in vectors.cases:
