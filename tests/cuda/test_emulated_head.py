@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import prmfast.ops._cuda as package
 from prmfast.kernels.ias.reference import ias_budget
 from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.kernels.picnn.reference import context_stage, picnn_levels
@@ -45,7 +44,6 @@ def fused(kernels: EmulatedPicnn, library: Library, monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             patch.setattr(head, "resolve", lambda *_, **__: "cuda")
             patch.setitem(sys.modules, "prmfast.ops._cuda.picnn", module)
-            patch.setattr(package, "picnn", module, raising=False)
             made = ServingHead(*args, **options)
         assert made.fused
         return made

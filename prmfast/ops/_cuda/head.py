@@ -5,6 +5,7 @@ Importing this needs no GPU: on other devices, and for networks that the kernel 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -185,8 +186,7 @@ class _Kernel:
     """The launch with every argument that stays the same, and the tensors that these point into."""
 
     def __init__(self, head: ServingHead, split: bool) -> None:
-        from prmfast.ops._cuda import picnn
-
+        picnn = importlib.import_module("prmfast.ops._cuda.picnn")  # which needs a GPU; ops imports this module
         self.stream_of, self.serve = picnn.stream_of, picnn.KERNELS.serve
         params, device = head.params, head.levels.device
         network = picnn.network_of(params.widths, params.options)
