@@ -234,6 +234,19 @@ def test_a_captured_call_reads_its_context_again(fused: Callable[..., ServingHea
     assert expected.quantiles.data_ptr() == captured.served.quantiles.data_ptr()
 
 
+@pytest.mark.parametrize("form", ["launch", "torch"])
+def test_weights_are_the_heads_own(fused: Callable[..., ServingHead], form: str) -> None:
+    make, params = fused if form == "launch" else ServingHead, network()
+    for tensor in params.tensors():
+        tensor.requires_grad_()
+    served = make(params, ELEVEN, target=0.9, n_max=64, max_batch=3)
+    before = Served(*(t.clone() for t in served.run(contexts(3))))
+    with torch.no_grad():
+        for tensor in params.tensors():
+            tensor.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(served.run(contexts(3)), before, strict=True))
+
+
 def test_half_contexts_and_none(fused: Callable[..., ServingHead], library: Library) -> None:
     served = fused(network(), ELEVEN, target=0.9, n_max=64, max_batch=8)
     rows = contexts(3).bfloat16()
