@@ -64,7 +64,7 @@ __device__ Settled settle(const RowSum& others, Span row, double weight, const O
   for (int64_t e = row.begin + lane_id(); e < row.end; e += 32) {
     const Term found = term(log_p(logit(e), scale, lse), rule.policy_logp[e], rule.advantage[e], rule);
     loss = __fma_rn(-weight, found.value, loss);
-    keep(e, -weight * found.slope);
+    keep(e, __dmul_rn(-weight, found.slope));  // rounded before anyone adds it up
   }
   return {lse, warp_sum(loss)};
 }

@@ -22,15 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _SLICES = {"SLICES": tuning.SLICES}
 _CHUNK = {"CHUNK": tuning.CHUNK, "CHUNKS": tuning.CHUNKS}
-_COUNT = Form(triton_kernels.count_candidates, _SLICES | _CHUNK, tuning.CHUNK_WARPS)
-_WRITE = Form(triton_kernels.write_candidates, _CHUNK, tuning.CHUNK_WARPS)
-_GATHER = Form(triton_kernels.gather_logprob, _SLICES, tuning.ROW_WARPS)
-_GRADIENT = Form(triton_kernels.logprob_gradient, {"BLOCK": tuning.GRADIENT_BLOCK}, tuning.GRADIENT_WARPS)
+_COUNT = Form(triton_kernels.count_candidates_kernel, _SLICES | _CHUNK, tuning.CHUNK_WARPS)
+_WRITE = Form(triton_kernels.write_candidates_kernel, _CHUNK, tuning.CHUNK_WARPS)
+_GATHER = Form(triton_kernels.gather_logprob_kernel, _SLICES, tuning.ROW_WARPS)
+_GRADIENT = Form(triton_kernels.logprob_gradient_kernel, {"BLOCK": tuning.GRADIENT_BLOCK}, tuning.GRADIENT_WARPS)
 
 
 def _statistics_form(with_chunks: bool) -> Form:
     constants = {"SLICE": tuning.SLICE, "CHUNK": tuning.CHUNK, "WITH_CHUNKS": with_chunks}
-    return Form(triton_kernels.slice_statistics, constants, tuning.SLICE_WARPS)
+    return Form(triton_kernels.slice_statistics_kernel, constants, tuning.SLICE_WARPS)
 
 
 def _slices(columns: int) -> int:

@@ -14,7 +14,7 @@ MINUS_INFINITY: tl.constexpr = tl.constexpr(float("-inf"))
 
 
 @triton.jit(do_not_specialize=["slices", "chunks"])
-def slice_statistics(
+def slice_statistics_kernel(
     logits,  # [T, columns]
     stride: tl.int64,
     columns,
@@ -69,7 +69,7 @@ def ranked_chunks(chunk_peaks, row, first, chunks, peak, need, forced, CHUNK: tl
 
 
 @triton.jit(do_not_specialize=["slices", "chunks"])
-def count_candidates(
+def count_candidates_kernel(
     policy,  # [T, columns]
     stride: tl.int64,
     columns,
@@ -94,7 +94,7 @@ def count_candidates(
     """How many candidates a row has. Reads the few chunks that may hold one.
 
     ``x - peak >= need`` in float64 is one rounded subtraction and a comparison, so it decides alike wherever it is
-    compiled: what is counted here is what `write_candidates` writes, and a chunk whose largest logit fails has none.
+    compiled: what is counted here is what is written, and a chunk whose largest logit fails has none.
     """
     row = tl.program_id(0).to(tl.int64)
     peak, log_sum = row_statistics(policy_peaks, policy_totals, row, slices, policy_scale, SLICES)
@@ -123,7 +123,7 @@ def count_candidates(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def write_candidates(
+def write_candidates_kernel(
     policy,  # [T, columns]
     policy_stride: tl.int64,
     reward,  # [T, columns]
@@ -170,7 +170,7 @@ def write_candidates(
 
 
 @triton.jit(do_not_specialize=["slices"])
-def gather_logprob(
+def gather_logprob_kernel(
     logits,  # [T, columns]
     stride: tl.int64,
     slices,
@@ -193,7 +193,7 @@ def gather_logprob(
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def logprob_gradient(
+def logprob_gradient_kernel(
     grad,  # float32 [T]
     logits,  # [T, columns]
     stride: tl.int64,
@@ -224,7 +224,7 @@ def logprob_gradient(
 
 
 @triton.jit(do_not_specialize=["first_row", "first_column"])
-def fold_block(
+def fold_block_kernel(
     policy,  # float32 [rows, stride >= columns]: rows first_row .. of columns first_column ..
     reward,
     stride: tl.int64,

@@ -60,7 +60,7 @@ def _product(hidden: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
 
 
 class _State:
-    """What rows know after some of their columns, see `fold_block`: read by one launch and written by the next."""
+    """What rows know after some of their columns (`fold_block_kernel`): read by one launch, written by the next."""
 
     def __init__(self, rows: int, slots: int, device: torch.device) -> None:
         self.totals = torch.zeros(rows, 4, dtype=torch.float64, device=device)
@@ -74,7 +74,9 @@ class _State:
 
 
 def _form(slots: int) -> Form:
-    return Form(triton_kernels.fold_block, {"COLUMNS": tuning.PRODUCT_COLUMNS, "SLOTS": slots}, tuning.FOLD_WARPS)
+    return Form(
+        triton_kernels.fold_block_kernel, {"COLUMNS": tuning.PRODUCT_COLUMNS, "SLOTS": slots}, tuning.FOLD_WARPS
+    )
 
 
 def _folded(

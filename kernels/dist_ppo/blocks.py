@@ -1,7 +1,7 @@
 """linear_dist_ppo in blocks of the vocabulary: one product a block, consumed before the next one is made.
 
-What is done to a block is the backend's: a `Folded` takes logits in, a `Differentiate` turns them into their gradient. In
-float64 both are plain torch, for every backend.
+What is done to a block is the backend's: a `Folded` takes logits in, a `Differentiate` turns them into their
+gradient. In float64 both are plain torch, for every backend.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Differentiate(Protocol):
 class _Layer:
     """hidden @ weight.T in blocks of columns.
 
-    Logits of half types are float32: rounded to a half type they would lose seven digits. A GPU multiplies half types as
-    they are and adds in float32; on a CPU they are multiplied as float32, and so are gradients everywhere.
+    Logits of half types are float32: rounded to a half type they would lose seven digits. A GPU multiplies half types
+    as they are and adds in float32; a CPU multiplies them as float32, and so do both where a gradient is a factor.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:

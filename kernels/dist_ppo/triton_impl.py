@@ -18,6 +18,8 @@ from prmfast.kernels.dist_ppo.reference import Rule
 
 _ROW_KERNELS = (triton_kernels.settle_rows, triton_kernels.share_rows)
 """Those that read the entries of a row alone."""
+_MULTIPLE = 16
+"""Of which triton has to know that a number is one, to load several logits at once."""
 
 
 # --- launches
@@ -26,13 +28,14 @@ _ROW_KERNELS = (triton_kernels.settle_rows, triton_kernels.share_rows)
 def _form(kernel: Any, dtype: torch.dtype, columns: int) -> tuple[dict[str, Any], int]:
     """Constants and warps of a kernel on rows of ``columns`` logits."""
     warps = tuning.WARPS if columns > tuning.FEW_COLUMNS else tuning.FEW_WARPS
+    logits = tuning.LOGITS if columns % _MULTIPLE == 0 else tuning.ODD_LOGITS
     vector = tuning.LOAD_BYTES // dtype.itemsize
     constants = {
         "SLICE": tuning.SLICE,
-        "STEPS": tuning.LOGITS // vector,
+        "STEPS": logits // vector,
         "THREADS": 32 * warps,
         "VECTOR": vector,
-        "BLOCK": 32 * warps * tuning.LOGITS,
+        "BLOCK": 32 * warps * logits,
         "ENTRIES": tuning.ENTRIES,
         "ROUND": INTERPRETED,
     }
@@ -86,21 +89,23 @@ def _variant(kernel: Any, dtype: torch.dtype, columns: int) -> Variant:
     constants, warps = _form(kernel, dtype, columns)
     kinds = _TYPES | {"logits": POINTERS[dtype], "out": POINTERS[dtype]}
     types = {name: kinds[name] for name in kernel.arg_names if name not in constants}
-    even = tuple(name for name in ("stride", "out_stride", "columns") if name in types)
-    pointers = tuple(name for name in pointers_of(types) if name != "end")  # one element behind begin
-    return Variant(kernel, types, constants, num_warps=warps, aligned=pointers + even)
+    aligned = [name for name in pointers_of(types) if name != "end"]  # which is one element behind begin
+    if columns % _MULTIPLE == 0:
+        aligned += [name for name in ("stride", "out_stride", "columns") if name in types]
+    return Variant(kernel, types, constants, num_warps=warps, aligned=tuple(aligned))
 
 
 def variants() -> Iterator[Variant]:
     """Every kernel that is launched, at the widths where its form changes."""
-    yield _variant(triton_kernels.settle_rows, torch.float32, tuning.SLICE)
+    few, many = tuning.FEW_COLUMNS, 4 * tuning.FEW_COLUMNS
+    yield _variant(triton_kernels.settle_rows, torch.float32, many)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield _variant(triton_kernels.share_rows, dtype, tuning.SLICE)
-        for columns in (tuning.FEW_COLUMNS, tuning.SLICE):
+        yield _variant(triton_kernels.share_rows, dtype, many)
+        for columns in (few, few - 1, many, many - 1):
             yield _variant(triton_kernels.loss_rows, dtype, columns)
             yield _variant(triton_kernels.loss_and_gradient_rows, dtype, columns)
             yield _variant(triton_kernels.write_rows, dtype, columns)
-    for columns in (tuning.FEW_COLUMNS, tuning.SLICE):
+    for columns in (few, few - 1, many, many - 1):
         yield _variant(triton_kernels.fold_rows, torch.float32, columns)
 
 
@@ -169,8 +174,13 @@ def _write(
     rows = len(logits)
     factors, certains = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     entry_slopes = torch.empty(len(spans.token_ids), dtype=torch.float32, device=logits.device)
-    found = {"entry_slopes": entry_slopes, "factors": factors, "certains": certains, "inverse": 1 / temperature}
-    entries = {"begin": spans.begin, "end": spans.end, "token_ids": spans.token_ids, "first": first}
+    found: dict[str, Any] = {
+        "entry_slopes": entry_slopes,
+        "factors": factors,
+        "certains": certains,
+        "inverse": 1 / temperature,
+    }
+    entries: dict[str, Any] = {"begin": spans.begin, "end": spans.end, "token_ids": spans.token_ids, "first": first}
     _launch(triton_kernels.share_rows, logits, lse=lse, coefficients=coefficients, **entries, **found)
     slices = triton.cdiv(logits.shape[1], tuning.SLICE)
     _launch(triton_kernels.write_rows, logits, slices=slices, out=out, out_stride=out.stride(0), **entries, **found)
@@ -217,7 +227,7 @@ def dist_ppo_backward(
 def dist_ppo_with_grad(
     logits: Tensor, candidates: Candidates, row_weight: Tensor, rule: Rule, *, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See the reference; here ``out`` is written before anyone looks at the log-sum-exp, NaN in the rows without one."""
+    """See the reference. ``out`` is written before the host looks at the log-sum-exp: NaN in rows that have none."""
     if logits.dtype == torch.float64:
         return reference.dist_ppo_with_grad(logits, candidates, row_weight, rule, out=out)
     held, objective = _contiguous_columns(logits), _Objective.of(candidates)

@@ -1,7 +1,7 @@
 """Kernels of the room dist_ppo. Every program belongs to one row, so a row's result knows nothing of the others.
 
-``logits`` are a block of the vocabulary that begins at token ``first``, 0 where it is all of it. The candidates of a row
-are its entries begin .. end, by increasing token. inverse is 1 / temperature, scale = log2(e) * inverse.
+``logits`` are a block of the vocabulary that begins at token ``first``, 0 where it is all of it. The candidates of a
+row are its entries begin .. end, by increasing token. inverse is 1 / temperature, scale = log2(e) * inverse.
 
 A sum of 2^((x - reference) * scale) over the tokens that are no candidates is the pair (reference, total): a logit that
 none exceeds, and a total that is NaN where a logit is NaN or +inf. The candidates, which hold most of the probability,
@@ -30,7 +30,7 @@ def power_scale(inverse):
 
 @triton.jit
 def narrowed(value, like, ROUND: tl.constexpr):
-    """float32 to the element type of the pointer ``like``, to nearest; ROUND where bfloat16 casts cut off (interpreter)."""
+    """float32 as what ``like`` points to, rounded to nearest; ROUND where bfloat16 casts cut off: the interpreter."""
     if ROUND and like.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -71,8 +71,8 @@ def sum_columns(
 ):
     """The pair of a row of a block, float32. ``entry`` is the first one that is not before it.
 
-    STEPS loads of VECTOR logits a thread; each thread keeps a pair of its own, so that nothing is exchanged before the end
-    and one exponential a tile goes to moving the reference.
+    A tile is STEPS loads of VECTOR logits by every thread. Each thread keeps a pair of its own, so that nothing is
+    exchanged before the end, and moving its reference takes one exponential a tile.
     """
     step, thread, lane = tl.arange(0, STEPS), tl.arange(0, THREADS), tl.arange(0, VECTOR)
     tile = (step[:, None, None] * THREADS + thread[None, :, None]) * VECTOR + lane[None, None, :]
@@ -207,8 +207,7 @@ def write_columns(
 ):
     """d loss / d logit of columns start .. stop. ``entry`` is the first one that is not before them.
 
-    In place is safe: a logit is read by the thread that overwrites it, or before a barrier. Without a factor, nothing is
-    read.
+    In place is safe: nobody else reads a logit that a thread overwrites. Where the factor is 0 nothing is read.
     """
     met = column_of(token_ids, entry, end, first)
     readable = tl.where(factor != 0, stop, 0)
@@ -227,7 +226,7 @@ def write_columns(
 def measure_row(
     row,  # pointer to column 0
     columns,
-    begin,
+    begin,  # pointer to the row's, as is end
     end,
     token_ids,
     entry_logits,
@@ -245,14 +244,25 @@ def measure_row(
     ENTRIES: tl.constexpr,
 ):
     """Log-sum-exp and loss of a row with candidates; its coefficients are written, and in sight of all threads."""
-    scale = power_scale(inverse)
-    reference, total = sum_columns(row, token_ids, entry_logits, begin, end, 0, columns, scale, STEPS, THREADS, VECTOR)
+    reference, total = sum_columns(
+        row,
+        token_ids,
+        entry_logits,
+        tl.load(begin),
+        tl.load(end),
+        0,
+        columns,
+        power_scale(inverse),
+        STEPS,
+        THREADS,
+        VECTOR,
+    )
     tl.debug_barrier()
     lse, loss = settle_entries(
         reference.to(tl.float64),
         total.to(tl.float64),
-        begin,
-        end,
+        tl.load(begin),  # again, so that it takes no register during the sum
+        tl.load(end),
         entry_logits,
         policy_logp,
         advantage,
@@ -301,8 +311,8 @@ def loss_rows(
         found, loss = measure_row(
             logits + row * stride,
             columns,
-            entry,
-            last,
+            begin + row,
+            end + row,
             token_ids,
             entry_logits,
             policy_logp,
@@ -354,8 +364,8 @@ def loss_and_gradient_rows(
 ):
     """`loss_rows`, then the gradient, for which the row is read again while the second-level cache has it.
 
-    What threads leave for each other in memory is behind a barrier, and so is every logit that a thread reads of columns
-    that others overwrite.
+    A barrier stands between what threads leave for each other in memory and its use, and between the last logits of
+    entries, which every thread reads, and the first that is overwritten.
     """
     row = tl.program_id(0).to(tl.int64)
     entry, last = tl.load(begin + row), tl.load(end + row)
@@ -365,8 +375,8 @@ def loss_and_gradient_rows(
         found, loss = measure_row(
             source,
             columns,
-            entry,
-            last,
+            begin + row,
+            end + row,
             token_ids,
             entry_logits,
             policy_logp,

@@ -34,6 +34,7 @@ class _Rows:
             quantiles = quantiles.float()
         self.held = quantiles if quantiles.stride(1) == 1 or quantiles.shape[1] == 1 else quantiles.contiguous()
         self.rows, self.columns = quantiles.shape
+        self.device = torch.cuda.device_of(quantiles)  # where a launch goes; nothing for CPU tensors
         self.nan_row = torch.full((1,), _NOBODY, dtype=torch.int32, device=quantiles.device)
 
     def no_nan(self, op: str) -> None:
@@ -67,19 +68,21 @@ def ias_budget(quantiles: Tensor, target: Tensor | float, n_max: int) -> Tensor:
     strides = (q.held.stride(0), wanted.stride(0))
     if constants is not None:
         grid = (triton.cdiv(q.rows, constants["BLOCK_ROWS"]),)
-        kernels.budget_kernel[grid](
-            *(q.held, wanted, budget, q.nan_row, q.rows, q.columns, *strides, n_max - 1),
-            *(tuning.SINGLE_MARGIN * n_max, TOUCH),
-            **constants,
-            num_warps=tuning.BUDGET_WARPS,
-        )
+        with q.device:
+            kernels.budget_kernel[grid](
+                *(q.held, wanted, budget, q.nan_row, q.rows, q.columns, *strides, n_max - 1),
+                *(tuning.SINGLE_MARGIN * n_max, TOUCH),
+                **constants,
+                num_warps=tuning.BUDGET_WARPS,
+            )
     else:
-        kernels.budget_long_kernel[(q.rows,)](
-            *(q.held, wanted, budget, q.nan_row, q.columns, *strides, n_max - 1),
-            *(1 << max(0, (n_max - 1).bit_length() - 1), TOUCH),
-            BLOCK_COLUMNS=tuning.LONG_COLUMNS,
-            num_warps=tuning.LONG_WARPS,
-        )
+        with q.device:
+            kernels.budget_long_kernel[(q.rows,)](
+                *(q.held, wanted, budget, q.nan_row, q.columns, *strides, n_max - 1),
+                *(1 << max(0, (n_max - 1).bit_length() - 1), TOUCH),
+                BLOCK_COLUMNS=tuning.LONG_COLUMNS,
+                num_warps=tuning.LONG_WARPS,
+            )
     q.no_nan("ias_budget")
     return budget
 
@@ -90,11 +93,12 @@ def ias_curve(quantiles: Tensor, n_max: int) -> Tensor:
     dtype = torch.float64 if quantiles.dtype == torch.float64 else torch.float32
     curve = torch.empty(q.rows, n_max, dtype=dtype, device=quantiles.device)
     if q.rows:
-        kernels.curve_kernel[(triton.cdiv(q.rows, tuning.TABLE_ROWS),)](
-            *(q.held, curve, q.nan_row, q.rows, q.columns, q.held.stride(0), n_max),
-            **_TABLE,
-            num_warps=tuning.TABLE_WARPS,
-        )
+        with q.device:
+            kernels.curve_kernel[(triton.cdiv(q.rows, tuning.TABLE_ROWS),)](
+                *(q.held, curve, q.nan_row, q.rows, q.columns, q.held.stride(0), n_max),
+                **_TABLE,
+                num_warps=tuning.TABLE_WARPS,
+            )
         q.no_nan("ias_curve")
     return curve
 
@@ -106,11 +110,12 @@ def ias_curve_backward(grad: Tensor, quantiles: Tensor) -> Tensor:
     rows, columns = quantiles.shape
     if rows:
         grid = (rows, triton.cdiv(columns, tuning.SLOPE_ELEMENTS))
-        kernels.slope_kernel[grid](
-            *(grad, q.held, out, columns, *q.held.stride(), *grad.stride(), grad.shape[1]),
-            BLOCK=tuning.SLOPE_ELEMENTS,
-            num_warps=tuning.SLOPE_WARPS,
-        )
+        with q.device:
+            kernels.slope_kernel[grid](
+                *(grad, q.held, out, columns, *q.held.stride(), *grad.stride(), grad.shape[1]),
+                BLOCK=tuning.SLOPE_ELEMENTS,
+                num_warps=tuning.SLOPE_WARPS,
+            )
     return out.to(quantiles.dtype)
 
 
@@ -120,12 +125,13 @@ def ias_allocate(quantiles: Tensor, total: int, n_max: int, n_min: int) -> Tenso
     left = min(total - q.rows * n_min, q.rows * room)
     keys = torch.empty(q.rows, room, dtype=torch.int64, device=quantiles.device)
     if q.rows and room:
-        kernels.gain_kernel[(triton.cdiv(q.rows, tuning.TABLE_ROWS),)](
-            *(q.held, keys, q.nan_row, q.rows, q.columns, q.held.stride(0), n_min, room),
-            SHIFT=KEY_SHIFT,
-            **_TABLE,
-            num_warps=tuning.TABLE_WARPS,
-        )
+        with q.device:
+            kernels.gain_kernel[(triton.cdiv(q.rows, tuning.TABLE_ROWS),)](
+                *(q.held, keys, q.nan_row, q.rows, q.columns, q.held.stride(0), n_min, room),
+                SHIFT=KEY_SHIFT,
+                **_TABLE,
+                num_warps=tuning.TABLE_WARPS,
+            )
         q.no_nan("ias_allocate")
     served = torch.sort(keys.flatten(), descending=True, stable=True).indices[:left]
     more = torch.bincount(served // max(room, 1), minlength=q.rows)

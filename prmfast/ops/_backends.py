@@ -57,28 +57,29 @@ class Condition:
 _AMPERE = Condition("capability", "a GPU of compute capability 8.0 or newer", lambda capability: capability >= (8, 0))
 _NO_FLOAT64 = Condition("dtype", "float32, bfloat16 or float16", lambda dtype: dtype != torch.float64)
 
+_ON_LOGITS = Condition("op", "an op on logits, not a linear one", lambda op: not op.startswith("linear"))
+
 _CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
-    (room, backend): (_AMPERE, _NO_FLOAT64) for room in ROOMS for backend in ("cuda",)
-}
-_CONDITIONS["picnn", "cuda"] = (
-    _AMPERE,
-    Condition(
-        "widths",
-        f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",
-        lambda widths: len(widths) <= CUDA_DEEPEST and max(widths) <= CUDA_WIDEST,
+    ("picnn", "cuda"): (
+        _AMPERE,
+        Condition(
+            "widths",
+            f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",
+            lambda widths: len(widths) <= CUDA_DEEPEST and max(widths) <= CUDA_WIDEST,
+        ),
     ),
-)
-_CONDITIONS["picnn", "triton"] = (
-    _AMPERE,
-    Condition("widths", f"hidden layers at most {TRITON_WIDEST} wide", lambda widths: max(widths) <= TRITON_WIDEST),
-)
-_CONDITIONS["candidate_td", "cuda"] += (
-    Condition("p_min", "p_min >= 1 / 15: a row has 16 slots", lambda p_min: p_min >= 1 / 15),
-    Condition("op", "an op on logits (candidate_td, token_logprob)", lambda op: not op.startswith("linear")),
-)
-_CONDITIONS["dist_ppo", "cuda"] += (
-    Condition("op", "an op on logits (dist_ppo)", lambda op: not op.startswith("linear")),
-)
+    ("picnn", "triton"): (
+        _AMPERE,
+        Condition("widths", f"hidden layers at most {TRITON_WIDEST} wide", lambda widths: max(widths) <= TRITON_WIDEST),
+    ),
+    ("candidate_td", "cuda"): (
+        _AMPERE,
+        _NO_FLOAT64,
+        Condition("p_min", "p_min >= 1 / 15: a row has 16 slots", lambda p_min: p_min >= 1 / 15),
+        _ON_LOGITS,
+    ),
+    ("dist_ppo", "cuda"): (_AMPERE, _NO_FLOAT64, _ON_LOGITS),
+}
 """What the backends of a GPU need beyond being there; those without a line take every call."""
 
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

@@ -19,6 +19,7 @@ from tests.cuda.adapters import adapter, guarded, guarded_copy
 from tests.cuda.library import Library, build
 from tests.ops.test_candidate_td import check, log_softmax
 
+pytestmark = pytest.mark.xdist_group("emulated_candidate_td")  # the library is compiled once
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

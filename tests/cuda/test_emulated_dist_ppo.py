@@ -21,6 +21,7 @@ from tests.cuda.adapters import adapter, guarded, guarded_copy
 from tests.cuda.library import Launched, Library, build
 from tests.ops.test_dist_ppo import OPTIONS, assert_gradient, assert_loss, entry_rows, inputs, single, truth
 
+pytestmark = pytest.mark.xdist_group("emulated_dist_ppo")  # the library is compiled once
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # What a block may hold, in segments of 2048 logits: nothing of them fits into the smallest.

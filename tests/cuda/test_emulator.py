@@ -10,6 +10,7 @@ import torch
 
 from tests.cuda.library import Launched, Library, build
 
+pytestmark = pytest.mark.xdist_group("emulated_emulator")  # the library is compiled once
 FULL = 0xFFFFFFFF
 
 

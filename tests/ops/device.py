@@ -29,6 +29,16 @@ def backends(room: str, *, interpreted: bool = True) -> tuple[str, ...]:
     return here + tuple(b for b in ops.available(room, "cuda") if GPU and b not in here)
 
 
+def interpreted(backend: str) -> bool:
+    """A program of a kernel takes some 50 ms there: such a backend gets fewer and smaller cases."""
+    return backend == "triton" and not GPU
+
+
+def device_of(backend: str) -> str:
+    """Where ``backend`` wants its tensors."""
+    return "cuda" if GPU and backend in GPU_BACKENDS else "cpu"
+
+
 def moved(value: Any, device: str) -> Any:
     """``value`` with every tensor in it on ``device``."""
     if isinstance(value, Tensor):
@@ -65,20 +75,42 @@ def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class _There:
+    """CPU tensors on a GPU with their strides, and two of one memory in one memory: `Tensor.to` keeps neither."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def of(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return moved(value, "cuda")
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in self.held:
+            self.held[storage.data_ptr()] = storage, storage.cuda()
+        there = torch.empty(0, dtype=value.dtype, device="cuda")
+        return there.set_(self.held[storage.data_ptr()][1], value.storage_offset(), value.shape, value.stride())
+
+    def bring_back(self) -> None:
+        for storage, there in self.held.values():
+            storage.copy_(there)
+
+
 def on_device_into(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`on_device` for an op that writes into ``out``, which may be its first argument: what it wrote is copied back."""
+    """`on_device` for an op that writes into ``out``, which may be its first argument, or share memory with it."""
 
     @functools.wraps(op)
-    def call(
-        first: Any, *args: Any, out: Tensor | None = None, backend: str = "auto", **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def call(first: Any, *args: Any, out: Any = None, backend: str = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not (GPU and backend in GPU_BACKENDS):
             return op(first, *args, out=out, backend=backend, **kwargs)
-        there = moved(first, "cuda")
-        target = there if out is first else moved(out, "cuda")
+        there = _There()
+        source = there.of(first)
+        target = source if out is first else there.of(out)
         args, kwargs = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
-        loss, written = answered(op, there, *args, out=target, backend=backend, **kwargs)
-        return loss.cpu(), written.cpu() if out is None else out.copy_(written)
+        loss, written = answered(op, source, *args, out=target, backend=backend, **kwargs)
+        if out is None:
+            return loss.cpu(), written.cpu()
+        there.bring_back()
+        return loss.cpu(), out
 
     return call
 

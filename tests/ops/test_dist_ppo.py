@@ -15,13 +15,23 @@ from torch import Tensor
 from prmfast.kernels.dist_ppo import reference
 from prmfast.ops import Candidates
 from prmfast.testing import make_candidates, make_inputs, poison
-from tests.ops.device import backends, dist_ppo_loss, dist_ppo_loss_and_grad, linear_dist_ppo_loss
+from tests.ops.device import (
+    backends,
+    device_of,
+    dist_ppo_loss,
+    dist_ppo_loss_and_grad,
+    interpreted,
+    linear_dist_ppo_loss,
+    moved,
+)
 
 BACKENDS = backends("dist_ppo")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 COLUMNS = [1, 2, 15, 16, 17, 31, 33, 2047, 2049, 4099]
+FEW_COLUMNS = {torch.float32: [1, 33, 2049, 4099], torch.bfloat16: [17, 2049], torch.float16: [2, 4099]}
+"""In the interpreter: one tile, several of them, and both sizes of tile."""
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.3, "temperature": 0.7},
@@ -93,9 +103,16 @@ def assert_loss(found: Tensor, expected: Tensor, candidates: Candidates, weight:
     assert abs(float(found.detach()) - float(expected)) <= tolerance * max(float(size), abs(float(expected)))
 
 
-@each_backend
-@each_dtype
-@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "columns"),
+    [
+        (backend, dtype, columns)
+        for backend in BACKENDS
+        for dtype in DTYPES
+        for columns in (FEW_COLUMNS.get(dtype, [17]) if interpreted(backend) else COLUMNS)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=["paper", "dual", "shut"])
 def test_loss_and_gradient_are_the_formula(
     backend: str, dtype: torch.dtype, columns: int, options: dict[str, Any]
@@ -230,9 +247,10 @@ def test_the_old_policy_itself(backend: str, dtype: torch.dtype) -> None:
 
 @each_backend
 def test_rows_alone_and_threads_change_nothing(backend: str) -> None:
+    rows = 9 if interpreted(backend) else 40
     for dtype in DTYPES[::2]:
-        logits, candidates = inputs(40, 3001, dtype)
-        weight = torch.ones(40)
+        logits, candidates = inputs(rows, 3001, dtype)
+        weight = torch.ones(rows)
         loss, grad = dist_ppo_loss_and_grad(logits, candidates, row_weight=weight, backend=backend)
         torch.set_num_threads(3)
         try:
@@ -250,6 +268,49 @@ def test_rows_alone_and_threads_change_nothing(backend: str) -> None:
         assert torch.equal(
             dist_ppo_loss_and_grad(logits[7:8], one, row_weight=weight[:1], backend=backend)[1], grad[7:8]
         )
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_a_row_knows_nothing_of_its_batch(backend: str, dtype: torch.dtype) -> None:
+    logits, candidates = inputs(7, 2100, dtype)
+    rows, spans = entry_rows(candidates), candidates.offsets.tolist()
+
+    def run(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        part = slice(spans[first], spans[last])
+        some = Candidates(candidates.offsets[first : last + 1] - spans[first], *(t[part] for t in candidates[1:]))
+        weight = torch.full((last - first,), 0.3)
+        rule = [0.2, 0.28, math.inf, 0.7]
+        there = moved((logits[first:last], list(some), weight), device_of(backend))
+        _, lse, coefficients = torch.ops.prmfast.dist_ppo(*there, rule, backend)
+        _, grad = torch.ops.prmfast.dist_ppo_with_grad(*there, rule, backend)
+        return lse.cpu(), coefficients.cpu(), grad.cpu()
+
+    lse, coefficients, grad = run(0, 7)
+    for row in (1, 2, 4):
+        alone = run(row, row + 1)
+        for one, other in zip(alone, (lse[row : row + 1], coefficients[rows == row], grad[row : row + 1]), strict=True):
+            assert torch.equal(one, other)
+
+
+@each_backend
+def test_more_candidates_than_are_taken_at_a_time(backend: str) -> None:
+    logits, _ = inputs(3, 2300, torch.float32)
+    everywhere = torch.arange(0, 2300, 31)  # in every tile, some of them beside its ends
+    ids = torch.cat([torch.arange(40), everywhere, torch.tensor([2047, 2048, 2299])])
+    offsets = torch.tensor([0, 40, 40 + len(everywhere), len(ids)])
+    generator = torch.Generator().manual_seed(3)
+    candidates = Candidates(
+        offsets, ids, -6 + torch.randn(len(ids), generator=generator), torch.randn(len(ids), generator=generator)
+    )
+    loss, grad = truth(logits, candidates)
+    found, gradient = dist_ppo_loss_and_grad(logits, candidates, backend=backend)
+    assert_loss(found, loss, candidates)
+    assert_gradient(gradient, grad)
+    leaf = logits.clone().requires_grad_()
+    dist_ppo_loss(leaf, candidates, backend=backend).backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, gradient)
 
 
 @each_backend
@@ -273,7 +334,7 @@ def test_ties(backend: str) -> None:
         loss, grad = dist_ppo_loss_and_grad(logits, candidates, backend=backend, **options)
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-16)
         assert float(loss) == pytest.approx(-float(term.sum()) / 6, abs=1e-16)
-        if backend == "cpu":
+        if backend != "reference":
             single = dist_ppo_loss_and_grad(logits.float(), candidates, backend=backend, **options)[1]
             torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-7)
 
@@ -385,6 +446,8 @@ def test_huge_ratios_stay_finite(backend: str) -> None:
 
 @each_backend
 def test_more_than_two_to_the_31_logits(backend: str) -> None:
+    if interpreted(backend):
+        pytest.skip("70,000 programs take minutes in the interpreter")
     rows, columns = 70_000, 32_768
     assert rows * columns > 2**31
     row = torch.randn(1, columns, generator=torch.Generator().manual_seed(0))
