@@ -186,17 +186,18 @@ __device__ void run_tiles(const Network& network, const LevelsCall& call, int co
     Dual found[2];
     level_tile<K, true>(network, fragments, last_weight, own, found);
     const int half = thread % 4, row = tile * kTileRows + thread % 32 / 4 + 8 * half;  // the first two lanes of a row's four write
-    if (half >= 2 || row >= rows_of(memory.known, call.m)) continue;
-    const int phase = memory.known->phase;
-    const Place place(memory, phase, call.m, row);
-    const float value = half ? found[1].value : found[0].value, gradient = half ? found[1].gradient : found[0].gradient;
-    if (phase == kDirect) {
-      const int64_t to = (Span(memory.known, call, contexts).first + place.context) * call.m + place.index;
-      call.value[to] = value;
-      call.gradient[to] = gradient;
-    } else {
-      memory.curves()[place.context].value_at[2 * place.index + phase] = value;
-      memory.curves()[place.context].gradient_at[2 * place.index + phase] = gradient;
+    if (half < 2 && row < rows_of(memory.known, call.m)) {
+      const int phase = memory.known->phase;
+      const Place place(memory, phase, call.m, row);
+      const float value = half ? found[1].value : found[0].value, gradient = half ? found[1].gradient : found[0].gradient;
+      if (phase == kDirect) {
+        const int64_t to = (Span(memory.known, call, contexts).first + place.context) * call.m + place.index;
+        call.value[to] = value;
+        call.gradient[to] = gradient;
+      } else {
+        memory.curves()[place.context].value_at[2 * place.index + phase] = value;
+        memory.curves()[place.context].gradient_at[2 * place.index + phase] = gradient;
+      }
     }
   }
 }

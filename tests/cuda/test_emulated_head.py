@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import prmfast.ops._cuda as package
 from prmfast.kernels.ias.reference import ias_budget
 from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.kernels.picnn.reference import context_stage, picnn_levels
@@ -45,7 +44,6 @@ def fused(kernels: EmulatedPicnn, library: Library, monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             patch.setattr(head, "resolve", lambda *_, **__: "cuda")
             patch.setitem(sys.modules, "prmfast.ops._cuda.picnn", module)
-            patch.setattr(package, "picnn", module, raising=False)
             made = ServingHead(*args, **options)
         assert made.fused
         return made
@@ -234,6 +232,19 @@ def test_a_captured_call_reads_its_context_again(fused: Callable[..., ServingHea
     expected = served.run(contexts(5))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert expected.quantiles.data_ptr() == captured.served.quantiles.data_ptr()
+
+
+@pytest.mark.parametrize("form", ["launch", "torch"])
+def test_weights_are_the_heads_own(fused: Callable[..., ServingHead], form: str) -> None:
+    make, params = fused if form == "launch" else ServingHead, network()
+    for tensor in params.tensors():
+        tensor.requires_grad_()
+    served = make(params, ELEVEN, target=0.9, n_max=64, max_batch=3)
+    before = Served(*(t.clone() for t in served.run(contexts(3))))
+    with torch.no_grad():
+        for tensor in params.tensors():
+            tensor.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(served.run(contexts(3)), before, strict=True))
 
 
 def test_half_contexts_and_none(fused: Callable[..., ServingHead], library: Library) -> None:

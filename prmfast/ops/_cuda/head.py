@@ -5,9 +5,10 @@ Importing this needs no GPU: on other devices, and for networks that the kernel 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.kernels.ias import reference as ias
 from prmfast.kernels.picnn import reference
-from prmfast.kernels.picnn.params import PicnnParams
+from prmfast.kernels.picnn.params import Linear, PicnnParams
 from prmfast.kernels.picnn.tuning import CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS
 from prmfast.ops._backends import resolve
 from prmfast.ops._contract import Check
@@ -50,7 +51,7 @@ class ServingHead:
     device. A row's answer does not depend on the other rows, but for what torch's GEMMs make of an encoder.
 
     Args:
-        params: the network, on the device to serve from; converted to float32.
+        params: the network, on the device to serve from; its weights are copied, as float32.
         levels: [M] in ascending order, at least two.
         target, n_max: the budget is the smallest N with ``mean_m[1 - (1 - q_m)^N] >= target``, else n_max.
         max_batch: rows that a call may have.
@@ -82,7 +83,7 @@ class ServingHead:
         numbers = [float(level) for level in levels]
         if len(numbers) < 2 or any(not a < b for a, b in itertools.pairwise(numbers)):
             raise ValueError(f"ServingHead: levels must be at least two in ascending order, got {numbers}")
-        self.params = params.to(dtype=torch.float32)
+        self.params = _copied(params)
         device = self.params.wz[0].device
         self.target, self.n_max, self.link, self.max_batch = target, n_max, link, max_batch
         self.levels = torch.tensor(numbers, dtype=torch.float32, device=device)
@@ -176,6 +177,24 @@ def _trapezoid(levels: Sequence[float]) -> Tensor:
     return F.pad(gaps, (0, 1)) + F.pad(gaps, (1, 0))
 
 
+def _copied(params: PicnnParams) -> PicnnParams:
+    """The network in float32, contiguous, with weights of its own."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    def pairs(linears: tuple[Linear, ...]) -> tuple[Linear, ...]:
+        return tuple((copy(weight), copy(bias)) for weight, bias in linears)
+
+    return replace(
+        params,
+        wz=tuple(copy(w) for w in params.wz),
+        heads=pairs(params.heads),
+        transitions=pairs(params.transitions),
+        encoder=pairs(params.encoder),
+    )
+
+
 def _holds_head(params: PicnnParams) -> bool:
     """The kernel multiplies by the affine head itself."""
     return not params.transitions and params.heads[0][0].shape[1] <= CUDA_HEAD_INPUTS
@@ -185,23 +204,21 @@ class _Kernel:
     """The launch with every argument that stays the same, and the tensors that these point into."""
 
     def __init__(self, head: ServingHead, split: bool) -> None:
-        from prmfast.ops._cuda import picnn
-
+        picnn = importlib.import_module("prmfast.ops._cuda.picnn")  # which needs a GPU; ops imports this module
         self.stream_of, self.serve = picnn.stream_of, picnn.KERNELS.serve
         params, device = head.params, head.levels.device
         network = picnn.network_of(params.widths, params.options)
-        wz = [w.contiguous() for w in params.wz]
         fragments = torch.empty(network.fragment_bytes(split), dtype=torch.uint8, device=device)
         self.target = torch.full((1,), head.target, dtype=torch.float64, device=device)
-        self.held = [*wz, fragments, head.levels, head.quadrature]
+        self.held = [*params.wz, fragments, head.levels, head.quadrature]
         inputs, pointers = 0, (0, 0)
         if _holds_head(params):
-            weight, bias = params.heads[0][0].t().contiguous(), params.heads[0][1].contiguous()
+            weight, bias = params.heads[0][0].t().contiguous(), params.heads[0][1]
             inputs, pointers = len(weight), (weight.data_ptr(), bias.data_ptr())
             self.held += [weight, bias]
         self.fixed: dict[str, Any] = {
             "network": network,
-            "wz": [w.data_ptr() for w in wz],
+            "wz": [w.data_ptr() for w in params.wz],
             "fragments": fragments.data_ptr(),
             "split": split,
         }

@@ -1,13 +1,12 @@
 """Room picnn on the compiled CUDA backend: the extension runs the levels stage on tensor cores.
 
-The GEMMs of the context stage and the backward pass are those of the Triton backend.
+The backward pass of that stage is the Triton backend's, the context stage torch's GEMMs.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.kernels.picnn import reference
+from prmfast.kernels.picnn.context import picnn_context, picnn_context_backward
 from prmfast.kernels.picnn.params import LevelOptions
 from prmfast.ops._cuda._extension import _C, stream_of
 
@@ -73,40 +73,10 @@ def picnn_levels(
     return value, gradient
 
 
-def _triton() -> ModuleType:
-    from prmfast.kernels.picnn import triton_impl
-
-    return triton_impl
-
-
 def picnn_levels_backward(
     grads: tuple[Tensor, Tensor], rows: Tensor, levels: Tensor, wz: Sequence[Tensor], *, options: LevelOptions
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """d rows, d levels and d wz of sum(value * grads[0] + gradient * grads[1])."""
-    out: tuple[Tensor, Tensor, list[Tensor]] = _triton().picnn_levels_backward(grads, rows, levels, wz, options=options)
-    return out
+    from prmfast.kernels.picnn import triton_impl
 
-
-def picnn_context(
-    context: Tensor, linears: Sequence[Tensor], scales: Sequence[Tensor], *, activations: Sequence[str]
-) -> tuple[Tensor, list[Tensor]]:
-    """Raw rows [B, P], and what each layer of the encoder makes before its activation."""
-    out: tuple[Tensor, list[Tensor]] = _triton().picnn_context(context, linears, scales, activations=activations)
-    return out
-
-
-def picnn_context_backward(
-    d_rows: Tensor,
-    context: Tensor,
-    linears: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    before: Sequence[Tensor],
-    *,
-    activations: Sequence[str],
-    context_gradient: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """d context (empty unless wanted) and d linears."""
-    out: tuple[Tensor, list[Tensor]] = _triton().picnn_context_backward(
-        d_rows, context, linears, scales, before, activations=activations, context_gradient=context_gradient
-    )
-    return out
+    return triton_impl.picnn_levels_backward(grads, rows, levels, wz, options=options)
