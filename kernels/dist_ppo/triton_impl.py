@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.common.launch import INTERPRETED, POINTERS, Variant, check_device, pointers_of
+from prmfast.kernels.common.rows import contiguous_columns
 from prmfast.kernels.dist_ppo import blocks, reference, tuning
 from prmfast.kernels.dist_ppo import triton_kernels as kernels
 from prmfast.kernels.dist_ppo.blocks import Spans
@@ -171,10 +172,6 @@ def _rule(row_weight: Tensor, rule: Rule) -> dict[str, Any]:
     }
 
 
-def _contiguous_columns(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
-
-
 def _write(
     logits: Tensor,
     spans: Spans,
@@ -213,7 +210,7 @@ def dist_ppo(logits: Tensor, candidates: Candidates, row_weight: Tensor, rule: R
     """See the reference."""
     if logits.dtype == torch.float64:
         return reference.dist_ppo(logits, candidates, row_weight, rule)
-    held, objective = _contiguous_columns(logits), _Objective.of(candidates)
+    held, objective = contiguous_columns(logits), _Objective.of(candidates)
     _launch(kernels.loss_kernel, held, **objective._asdict(), **_rule(row_weight, rule))
     return objective.losses.sum(), objective.lse, objective.coefficients
 
@@ -228,7 +225,7 @@ def dist_ppo_backward(
         )
     offsets, out = offsets.contiguous(), empty_like(logits)
     _write(
-        _contiguous_columns(logits),
+        contiguous_columns(logits),
         Spans(offsets[:-1], offsets[1:], token_ids.contiguous(), None),
         first=0,
         lse=lse.contiguous(),
@@ -245,7 +242,7 @@ def dist_ppo_with_grad(
     """See the reference. ``out`` is written before the host looks at the log-sum-exp: NaN in rows that have none."""
     if logits.dtype == torch.float64:
         return reference.dist_ppo_with_grad(logits, candidates, row_weight, rule, out=out)
-    held, objective = _contiguous_columns(logits), _Objective.of(candidates)
+    held, objective = contiguous_columns(logits), _Objective.of(candidates)
     _launch(
         kernels.loss_and_gradient_kernel,
         held,

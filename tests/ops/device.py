@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prmfast import ops
+from prmfast.ops._backends import explain
 
 GPU = torch.cuda.is_available()
 GPU_BACKENDS = ("triton", "cuda")
@@ -42,6 +43,12 @@ def interpreted(backend: str) -> bool:
 def device_of(backend: str) -> str:
     """Where ``backend`` wants its tensors."""
     return "cuda" if GPU and backend in GPU_BACKENDS else "cpu"
+
+
+def taking(room: str, backend: str, **facts: Any) -> str:
+    """``backend``, or auto where it does not take a call of these ``facts``."""
+    refused = device_of(backend) == "cuda" and explain(room, "cuda", **facts)[backend] is not None
+    return "auto" if refused else backend
 
 
 def moved(value: Any, device: str) -> Any:

@@ -23,6 +23,7 @@ from tests.ops.device import (
     interpreted,
     linear_dist_ppo_loss,
     moved,
+    taking,
 )
 
 BACKENDS = backends("dist_ppo")
@@ -275,13 +276,14 @@ def test_rows_alone_and_threads_change_nothing(backend: str) -> None:
 def test_a_row_knows_nothing_of_its_batch(backend: str, dtype: torch.dtype) -> None:
     logits, candidates = inputs(7, 2112, dtype)
     rows, spans = entry_rows(candidates), candidates.offsets.tolist()
+    device, backend = device_of(backend), taking("dist_ppo", backend, dtype=dtype)
 
     def run(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         part = slice(spans[first], spans[last])
         some = Candidates(candidates.offsets[first : last + 1] - spans[first], *(t[part] for t in candidates[1:]))
         weight = torch.full((last - first,), 0.3)
         rule = [0.2, 0.28, math.inf, 0.7]
-        there = moved((logits[first:last], list(some), weight), device_of(backend))
+        there = moved((logits[first:last], list(some), weight), device)
         _, lse, coefficients = torch.ops.prmfast.dist_ppo(*there, rule, backend)
         _, grad = torch.ops.prmfast.dist_ppo_with_grad(*there, rule, backend)
         return lse.cpu(), coefficients.cpu(), grad.cpu()
