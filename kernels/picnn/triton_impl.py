@@ -36,7 +36,14 @@ def picnn_levels(
     with torch.cuda.device_of(levels):
         packed = _pack(network, wz)
         raw = gradient if levels.shape[1] == 1 else torch.empty_like(gradient)
-        _forward(network, packed, (rows.contiguous(), levels), (value, raw), None, tuning.PASSES[precision])
+        _forward(
+            network,
+            packed,
+            (rows.contiguous(), levels),
+            (value, raw),
+            None,
+            tuning.forward_passes(network.units, precision),
+        )
         if levels.shape[1] > 1:
             _keep_order(levels, raw, packed.convex, gradient)
     return value, gradient
@@ -107,7 +114,7 @@ def _backward_of_part(
     chunks = triton.cdiv(m, _together(tile, m))
     points = count * m
     tape = rows.new_empty(len(network.widths), 4 * points, network.units)
-    _forward(network, packed, (rows, levels), (tape, tape), tape, tuning.exact_passes(network.units))
+    _forward(network, packed, (rows, levels), (tape, tape), tape, tuning.backward_passes(network.units))
     d_rows, d_levels = rows.new_empty(count, chunks, rows.shape[1]), levels.new_empty(levels.shape)
     kernels.adjoint_points[(_programs(tile, count, m),)](
         by_value,
@@ -125,7 +132,7 @@ def _backward_of_part(
         network.leak,
         network.options.curvature_floor,
         **network.constants(tile, m),
-        PASSES=tuning.exact_passes(network.units),
+        PASSES=tuning.backward_passes(network.units),
         num_warps=tile.warps,
     )
     adjoints, inputs = tape[:, : 2 * points], tape[:, 2 * points :]
@@ -249,8 +256,8 @@ def variants() -> Iterator[Variant]:
         for m in levels
     ]
     for network, m in cases:
-        yield _forward_variant(network, m, 3, keep=False)
-        yield _forward_variant(network, m, tuning.exact_passes(network.units), keep=True)
+        yield _forward_variant(network, m, tuning.forward_passes(network.units, "float32"), keep=False)
+        yield _forward_variant(network, m, tuning.backward_passes(network.units), keep=True)
         yield _adjoint_variant(network, m)
     network = cases[0][0]
     yield _forward_variant(network, 100, 1, keep=False)
@@ -287,7 +294,7 @@ def _adjoint_variant(network: _Network, m: int) -> Variant:
     tile = tuning.adjoint_tile(network.units)
     outputs = ("grad_value", "grad_gradient", "tape", "d_rows", "d_levels")
     types = _POINT_TYPES | dict.fromkeys(outputs, "*fp32")
-    constants = network.constants(tile, m) | {"PASSES": tuning.exact_passes(network.units), "EMULATED": False}
+    constants = network.constants(tile, m) | {"PASSES": tuning.backward_passes(network.units), "EMULATED": False}
     return _variant(kernels.adjoint_points, types, constants, tile.warps)
 
 

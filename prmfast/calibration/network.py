@@ -202,7 +202,8 @@ class NetworkCalibrator(Calibrator, Generic[Network]):
         dropout = dropout if self.dropout is None else self.dropout
         architecture = self._architecture(width, encoder, dropout, data.train)
         # fork_rng: the fit is seeded, the caller's own random stream is left as it was
-        with torch.random.fork_rng(devices=[]):
+        device = torch.device(self.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             generator = torch.Generator().manual_seed(self.seed)
             network = self._new_network(architecture).to(self.device)

@@ -107,10 +107,10 @@ class ConditionalPicnn(nn.Module):
         """
         for layer in self._layers():
             bound = layer.in_features**-0.5
-            layer.weight.uniform_(-bound, bound, generator=generator)
-            layer.bias.uniform_(-bound, bound, generator=generator)
+            _draw(layer.weight, bound, generator)
+            _draw(layer.bias, bound, generator)
         bound = CONTEXT_SCALE * self.head.in_features**-0.5
-        self.head.weight.uniform_(-bound, bound, generator=generator)
+        _draw(self.head.weight, bound, generator)
         bias, width = self.head.bias.zero_(), self.widths[0]
         knots = torch.linspace(0.0, 1.0, width)
         bias[self.layout.slope(0)] = KNOT_STEEPNESS
@@ -155,6 +155,11 @@ class ConditionalPicnn(nn.Module):
 
     def _map_at(self, u0: Tensor, grid: Tensor) -> Curve:
         return np.asarray(self.at(u0, grid.to(u0))[1][0].double().numpy(force=True))
+
+
+def _draw(weight: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Fills ``weight`` uniformly within +-bound; drawn where the generator is, so that every device starts alike."""
+    weight.copy_(torch.empty(weight.shape, dtype=weight.dtype).uniform_(-bound, bound, generator=generator))
 
 
 def smoothed_quantiles(values: Curve, *, points: int = 101, bandwidth: float = 0.03) -> Curve:

@@ -114,6 +114,7 @@ def _save(path: Path, trainable: Trainable, record: FitRecord, best: dict[str, T
         "best": best,
         "record": {name: getattr(record, name) for name in FitRecord.__slots__},
         "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
@@ -133,6 +134,8 @@ def _resume(trainable: Trainable, path: Path, mark: str) -> tuple[FitRecord, dic
         )
     trainable.restore(state["state"])
     torch.set_rng_state(state["rng"])
+    if state.get("rng_cuda") and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["rng_cuda"])
     return FitRecord(**state["record"]), state["best"]
 
 
