@@ -279,12 +279,13 @@ void run(const Network& network, const LevelsCall& call, cudaStream_t stream) {
   const int64_t bytes = network.context_stride * int64_t{sizeof(float)} + int64_t{sizeof(Curve)};
   int64_t contexts = std::min<int64_t>(kContextBytes / bytes, kRowsWanted / kCoarse + 1);
   contexts = std::max<int64_t>(1, std::min(contexts, (call.count + device.multiprocessors - 1) / device.multiprocessors));
+  const size_t weights = (network.fragment_words[1] + K + kPeriod) * sizeof(float) + sizeof(Known);
+  while (contexts > 1 && weights + contexts * bytes > device.shared_bytes) --contexts;
   const int64_t groups = (call.count + contexts - 1) / contexts;
   prmfast::cuda::Launch how;
   how.grid = dim3(static_cast<unsigned>(std::min<int64_t>(groups, int64_t{kResident<K>} * device.multiprocessors)));
   how.block = dim3(kThreads);
-  how.shared_bytes =
-      (network.fragment_words[1] + K + kPeriod) * sizeof(float) + sizeof(Known) + static_cast<size_t>(contexts * bytes);
+  how.shared_bytes = weights + contexts * bytes;
   how.stream = stream;
   prmfast::cuda::launch(interpolate_kernel<K>, how, network, call, nodes(), static_cast<int>(contexts), static_cast<unsigned>(groups),
                         kPoints <= kWorth * static_cast<float>(call.m) ? 2 : 1);

@@ -93,12 +93,14 @@ void run(const Network& network, const LevelsCall& call, cudaStream_t stream) {
   const int64_t stride = network.context_stride * int64_t{sizeof(float)};
   int64_t contexts = std::min<int64_t>(kContextBytes / stride, (kRowsWanted + call.m - 1) / call.m);
   contexts = std::max<int64_t>(1, std::min(contexts, (call.count + device.multiprocessors - 1) / device.multiprocessors));
+  const size_t weights = network.fragment_words[kSplit] * sizeof(uint32_t) + K * sizeof(float) + sizeof(Known);
+  while (contexts > 1 && weights + contexts * stride > device.shared_bytes) --contexts;
   const int64_t groups = (call.count + contexts - 1) / contexts, tiles = (contexts * call.m + kTileRows - 1) / kTileRows;
   const bool few = groups <= device.multiprocessors;  // then a group's tiles had better run side by side
   prmfast::cuda::Launch how;
   how.grid = dim3(static_cast<unsigned>(std::min<int64_t>(groups, int64_t{kResident<K>} * device.multiprocessors)));
   how.block = dim3(few && tiles > kThreads / 32 ? kManyThreads : kThreads);
-  how.shared_bytes = network.fragment_words[kSplit] * sizeof(uint32_t) + K * sizeof(float) + sizeof(Known) + contexts * stride;
+  how.shared_bytes = weights + contexts * stride;
   how.stream = stream;
   prmfast::cuda::launch(levels_kernel<K, kSplit>, how, network, call, static_cast<int>(contexts), static_cast<unsigned>(groups));
 }

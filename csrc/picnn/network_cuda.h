@@ -8,7 +8,7 @@
 
 namespace prmfast::picnn::cuda {
 
-constexpr int kMostLayers = 8;  // hidden ones
+constexpr int kMostLayers = 6;  // hidden ones; with weights and a context of more, 99 KB of shared memory (sm_86, sm_89) do not do
 constexpr int kMostWidth = 64;  // value, tangent and both their bfloat16 parts of wider layers do not fit into the registers
 
 // Raw rows as in picnn.h: [v_0 c_0 .. v_L c_L | gate_1 .. gate_L | kappa, if curvature].

@@ -10,7 +10,7 @@ LEAST_SIDE = 64
 LEAST_PRODUCT = 1 << 22
 """AMX: multiply-adds of such a product; below, packing costs more than the tiles save."""
 
-CUDA_WIDEST, CUDA_DEEPEST = 64, 8
+CUDA_WIDEST, CUDA_DEEPEST = 64, 6
 """Width and number of hidden layers: value and tangent of a row stay in registers, all weights in shared memory."""
 
 CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS = 512, 1024

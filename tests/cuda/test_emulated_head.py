@@ -14,6 +14,7 @@ from torch import Tensor
 from prmfast.kernels.ias.reference import ias_budget
 from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.kernels.picnn.reference import context_stage, picnn_levels
+from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS, CUDA_WIDEST
 from prmfast.ops._cuda import head
 from prmfast.ops._cuda.head import Served, ServingHead
 from prmfast.testing import make_picnn
@@ -204,6 +205,15 @@ def test_the_head_in_the_launch_is_the_head_before_it(fused: Callable[..., Servi
     out = Served(*(memory[:4] for memory in made._served))
     made._kernel(context_stage(params, rows), None, out)
     torch.testing.assert_close(out.quantiles, inside, rtol=0, atol=1e-5)
+
+
+def test_the_largest_head(fused: Callable[..., ServingHead], library: Library) -> None:
+    """In the 99 KB of shared memory of an sm_86."""
+    params = make_picnn(CUDA_HEAD_INPUTS, (CUDA_WIDEST,) * CUDA_DEEPEST, dtype=torch.float32, curvature=True)
+    levels, rows = [i / 1024 for i in range(CUDA_HEAD_LEVELS)], contexts(2, CUDA_HEAD_INPUTS)
+    made = fused(params, levels, target=0.9, n_max=64, max_batch=2)
+    library.on(80, shared_bytes=99 * 1024, multiprocessors=1)
+    check(made.run(rows), truth(params, rows, levels, "sigmoid"), 0.9, 64)
 
 
 @pytest.mark.parametrize("form", ["launch", "torch"])
