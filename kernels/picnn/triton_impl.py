@@ -209,7 +209,7 @@ def _pack(network: _Network, wz: Sequence[Tensor]) -> _Packed:
 
 def _together(tile: tuning.Tile, m: int) -> int:
     """Levels of one context in a tile."""
-    return min(tile.block, int(triton.next_power_of_2(m)))
+    return min(tile.together, int(triton.next_power_of_2(m)))
 
 
 def _programs(tile: tuning.Tile, count: int, m: int) -> int:
@@ -247,7 +247,7 @@ def variants() -> Iterator[Variant]:
     cases = [
         (_Network(widths, options), m)
         for widths, options, levels in (
-            ((64, 64, 64, 64), softplus, (1, 2, 8, 16, 32, 100)),
+            ((64, 64, 64, 64), softplus, (1, 2, 8, 16, 100)),
             ((64, 64, 64, 64), leaky, (8, 100)),
             ((32, 32), softplus, (8, 100)),
             ((16,), softplus, (11,)),
@@ -264,7 +264,7 @@ def variants() -> Iterator[Variant]:
     types = {"weights": "*fp32", "packed": "*bf16", "last": "*fp32", "convex": "*i32"}
     yield _variant(kernels.pack_weights, types, network.packing() | {"EMULATED": False}, tuning.PACK_WARPS)
     types = {"levels": "*fp32", "gradient": "*fp32", "convex": "*i32", "ordered": "*fp32", "m": "i32"}
-    types |= {"level_stride": "i64", "level_step": "i64", "flags": "i32"}
+    types |= {"level_stride": "i32", "level_step": "i32", "flags": "i32"}
     for m in (11, 100, 1000):
         yield _variant(kernels.keep_order, types, {"FLAGS": 16} | _order_blocks(m), tuning.ORDER_WARPS)
 
@@ -276,8 +276,8 @@ _POINT_TYPES = {
     "last": "*fp32",
     "count": "i32",
     "m": "i32",
-    "level_stride": "i64",
-    "level_step": "i64",
+    "level_stride": "i32",
+    "level_step": "i32",
     "leak": "fp32",
     "floor": "fp32",
 }

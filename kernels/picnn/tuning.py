@@ -22,18 +22,21 @@ TRITON_WIDEST = 128
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Points and warps of a Triton program; stacked: value and tangent go through a product as one matrix.
+    """Points of a Triton program, the most of them that are levels of one context, and warps.
+
+    stacked: value and tangent go through a product as one matrix.
 
     A warp of tensor cores holds 16 rows of a product and all their columns: value and tangent of 16 points are 64
     registers a thread at 64 columns. Stacked, a warp has one of the two.
     """
 
     block: int
+    together: int
     warps: int
     stacked: bool
 
 
-_WHOLE, _STACKED, _SMALL = Tile(64, 4, False), Tile(32, 4, True), Tile(16, 4, True)
+_WHOLE, _STACKED, _SMALL = Tile(64, 64, 4, False), Tile(32, 16, 4, True), Tile(16, 16, 4, True)
 
 
 def forward_tile(units: int, m: int, *, keep: bool) -> Tile:
@@ -49,7 +52,7 @@ def forward_tile(units: int, m: int, *, keep: bool) -> Tile:
 
 def adjoint_tile(units: int) -> Tile:
     """Seven numbers a unit are alive where the forward pass has four; a training step has few points and many cores."""
-    return _SMALL if units <= 64 else Tile(16, 8, True)
+    return _SMALL if units <= 64 else Tile(16, 16, 8, True)
 
 
 def forward_passes(units: int, precision: str) -> int:

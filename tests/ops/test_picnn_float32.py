@@ -64,7 +64,7 @@ def test_float32_against_float64(backend: str, network: str, widths: tuple[int, 
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("levels", [1, 2, 3, 5, 8, 16, 17, 32, 33, 64, 65, 100, 129])
+@pytest.mark.parametrize("levels", [1, 2, 3, 8, 16, 17, 33, 65, 129])
 def test_any_number_of_levels(backend: str, levels: int) -> None:
     params = make_picnn(5, (9, 6), dtype=torch.float32, **NETWORKS["softplus"])
     check_everything(params, *inputs(3 if levels < 33 else 2, levels), backend)
