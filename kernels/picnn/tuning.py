@@ -13,6 +13,10 @@ LEAST_PRODUCT = 1 << 22
 CUDA_WIDEST, CUDA_DEEPEST = 64, 6
 """Width and number of hidden layers: value and tangent of a row stay in registers, all weights in shared memory."""
 
+CUDA_NARROWEST = 16
+"""Networks up to this width are left to Triton, which makes six products of bfloat16 parts: three, as here, were 3.5e-5
+off on released checkpoints of 8 units, whose few terms do not average out."""
+
 CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS = 512, 1024
 """Of the serving head: inputs of an affine head that its launch holds, and levels whose quantiles a block keeps."""
 

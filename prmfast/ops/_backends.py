@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_WIDEST, TRITON_WIDEST
+from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_NARROWEST, CUDA_WIDEST, TRITON_WIDEST
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -64,8 +64,8 @@ _CONDITIONS: dict[tuple[str, str], tuple[Condition, ...]] = {
         _AMPERE,
         Condition(
             "widths",
-            f"at most {CUDA_DEEPEST} hidden layers, each at most {CUDA_WIDEST} wide",
-            lambda widths: len(widths) <= CUDA_DEEPEST and max(widths) <= CUDA_WIDEST,
+            f"at most {CUDA_DEEPEST} hidden layers, the widest more than {CUDA_NARROWEST} and at most {CUDA_WIDEST}",
+            lambda widths: len(widths) <= CUDA_DEEPEST and CUDA_NARROWEST < max(widths) <= CUDA_WIDEST,
         ),
     ),
     ("picnn", "triton"): (

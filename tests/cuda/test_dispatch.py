@@ -34,8 +34,9 @@ def everything_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
         ("dist_ppo", {"op": "dist_ppo", "dtype": torch.float64}, "float32, bfloat16 or float16"),
         ("dist_ppo", {"op": "linear_dist_ppo", "dtype": torch.float32}, "an op on logits"),
         ("picnn", {"widths": (64,) * 6, "dtype": torch.float64}, None),
-        ("picnn", {"widths": (8, 65)}, "at most 6 hidden layers, each at most 64 wide, got .8, 65."),
-        ("picnn", {"widths": (1,) * 7}, "at most 6 hidden layers"),
+        ("picnn", {"widths": (8, 65)}, "at most 6 hidden layers, the widest .* at most 64, got .8, 65."),
+        ("picnn", {"widths": (32,) * 7}, "at most 6 hidden layers"),
+        ("picnn", {"widths": (8, 16)}, ".*the widest more than 16"),
     ],
 )
 def test_auto_goes_on_where_cuda_does_not_take_the_call(room: str, facts: dict[str, Any], refused: str | None) -> None:

@@ -21,11 +21,6 @@ GPU = torch.cuda.is_available()
 GPU_BACKENDS = ("triton", "cuda")
 
 
-def home(backend: str) -> str:
-    """The device that ``backend`` runs on here."""
-    return "cuda" if GPU and backend in GPU_BACKENDS else "cpu"
-
-
 def backends(room: str, *, interpreted: bool = True) -> tuple[str, ...]:
     """Every backend of ``room`` that runs on this machine, the reference first.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prmfast import ops
 from prmfast.ops._backends import ROOMS
-from prmfast.testing import make_candidates, make_inputs
+from prmfast.testing import make_candidates, make_inputs, make_picnn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,7 +42,8 @@ def calls(room: str, dtype: torch.dtype) -> dict[str, Callable[[str], Any]]:
             "allocate": lambda b: ops.ias_allocate(q, 40, 64, backend=b),
         }
     if room == "picnn":
-        params, context, levels = made["params"], made["context"], made["levels"]
+        context, levels = made["context"], made["levels"]
+        params = moved(make_picnn(5, (32, 32), dtype=dtype, curvature=True), "cuda")  # wide enough for every backend
 
         def derivatives(b: str) -> Any:
             leaves = [t.detach().clone().requires_grad_() for t in (context, levels)]

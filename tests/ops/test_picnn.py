@@ -19,7 +19,7 @@ from prmfast.ops import resolve
 from prmfast.ops._backends import load
 from prmfast.ops.picnn import context_stage
 from prmfast.testing import assert_within_budget, make_inputs, make_picnn, poison
-from tests.ops.device import backends, home, moved, picnn_map, picnn_step
+from tests.ops.device import backends, device_of, moved, picnn_map, picnn_step
 
 BACKENDS = backends("picnn")
 WIDTHS = {"one": (1,), "narrow": (1, 1), "odd": (7, 9, 6), "calibrator": (32, 32), "deep": (16, 16, 16, 16)}
@@ -357,21 +357,25 @@ def test_opcheck(backend: str) -> None:
     for expand in (False, True):
         points = levels[:1].expand(2, -1) if expand else levels
         rows = context_stage(params, context).requires_grad_()
-        arguments = moved((rows, points, list(params.wz), *params.options, 1e-5, "float32", backend), home(backend))
+        arguments = moved(
+            (rows, points, list(params.wz), *params.options, 1e-5, "float32", backend), device_of(backend)
+        )
         torch.library.opcheck(torch.ops.prmfast.picnn_levels.default, arguments)
     rows, wz = context_stage(params, context), list(params.wz)
     backward = (levels, levels, rows, levels, wz, *params.options, backend)
-    torch.library.opcheck(torch.ops.prmfast.picnn_levels_backward.default, moved(backward, home(backend)))
+    torch.library.opcheck(torch.ops.prmfast.picnn_levels_backward.default, moved(backward, device_of(backend)))
     linears = [torch.randn(4, 3).double(), torch.randn(4).double(), torch.randn(*rows.shape[1:], 4).double(), rows[0]]
     scales, before = [torch.rand(2, 4).double()], [torch.randn(2, 4).double()]
     for context_gradient in (False, True):
         leaf = context.clone().requires_grad_(context_gradient)
         learnt = [t.detach().clone().requires_grad_() for t in linears]
         network = (leaf, levels, learnt, scales, wz, "silu", *params.options, 1e-5, "float32", backend)
-        torch.library.opcheck(torch.ops.prmfast.picnn_network.default, moved(network, home(backend)))
+        torch.library.opcheck(torch.ops.prmfast.picnn_network.default, moved(network, device_of(backend)))
         backward = (levels, levels, context, levels, linears, scales, wz, rows, before, "silu", context_gradient)
         opcheck_arguments = (*backward, *params.options, backend)
-        torch.library.opcheck(torch.ops.prmfast.picnn_network_backward.default, moved(opcheck_arguments, home(backend)))
+        torch.library.opcheck(
+            torch.ops.prmfast.picnn_network_backward.default, moved(opcheck_arguments, device_of(backend))
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -406,7 +410,7 @@ def test_rows_do_not_depend_on_the_batch(backend: str) -> None:
 
     def run(rows: slice) -> Tensor:
         arguments = (coefficients[rows], levels[rows], list(params.wz), *params.options, 1e-5, "float32", backend)
-        return torch.ops.prmfast.picnn_levels(*moved(arguments, home(backend)))[1]
+        return torch.ops.prmfast.picnn_levels(*moved(arguments, device_of(backend)))[1]
 
     assert torch.equal(run(slice(None))[3], run(slice(3, 4))[0])
 
@@ -538,7 +542,7 @@ def test_resolve_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("picnn") == ("cpu" if "cpu" in BACKENDS else "reference")
     monkeypatch.setenv("PRMFAST_BACKEND", "reference")
     assert resolve("picnn") == "reference"
-    assert resolve("picnn", home(BACKENDS[-1]), backend=BACKENDS[-1]) == BACKENDS[-1]
+    assert resolve("picnn", device_of(BACKENDS[-1]), backend=BACKENDS[-1]) == BACKENDS[-1]
     with pytest.raises(ValueError, match="room must be one of"):
         resolve("pool")
     assert ops.picnn_map is picnn_map.__wrapped__  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from prmfast.ops import picnn_map
 from prmfast.ops._backends import explain
 from prmfast.ops.picnn import context_stage
 from prmfast.testing import make_picnn, poison
-from tests.ops.device import backends, home, moved
+from tests.ops.device import backends, device_of, moved
 
 COMPILED = backends("picnn")[1:]
 NETWORKS = {
@@ -34,7 +34,7 @@ def inputs(rows: int, levels: int, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 def everything(params: PicnnParams, context: Tensor, levels: Tensor, backend: str) -> list[Tensor]:
     """Value, gradient, and the gradients of a loss on both to the context, the levels and every weight; on the CPU."""
-    params, context, levels = moved((params, context, levels), home(backend))
+    params, context, levels = moved((params, context, levels), device_of(backend))
     context, levels = context.clone().requires_grad_(), levels.clone().requires_grad_()
     wz = tuple(w.clone().requires_grad_() for w in params.wz)
     head = tuple(t.clone().requires_grad_() for t in params.heads[0])
@@ -83,12 +83,12 @@ def levels_ops(params: PicnnParams, backend: str) -> tuple[Callable[..., list[Te
     rest = (*params.options, 0.0, "float32", backend)
 
     def forward(rows: Tensor, levels: Tensor) -> list[Tensor]:
-        given = moved((rows, levels, list(params.wz), *rest), home(backend))
+        given = moved((rows, levels, list(params.wz), *rest), device_of(backend))
         return [t.cpu() for t in torch.ops.prmfast.picnn_levels(*given)]
 
     def backward(by_value: Tensor, by_gradient: Tensor, rows: Tensor, levels: Tensor) -> list[Tensor]:
         wz = list(params.wz)
-        given = moved((by_value, by_gradient, rows, levels, wz, *params.options, backend), home(backend))
+        given = moved((by_value, by_gradient, rows, levels, wz, *params.options, backend), device_of(backend))
         d_rows, d_levels, d_wz = torch.ops.prmfast.picnn_levels_backward(*given)
         return [t.cpu() for t in (d_rows, d_levels, *d_wz)]
 
@@ -155,7 +155,7 @@ class TestTriton:
             order = levels.argsort(1)
             expected = torch.empty_like(raw).scatter_(1, order, raw.gather(1, order).cummax(1).values)
             for flags, out in (([1, 1, 1], expected), ([1, 0, 1], raw)):
-                given = moved([levels, raw, torch.tensor(flags, dtype=torch.int32)], home(backend))
+                given = moved([levels, raw, torch.tensor(flags, dtype=torch.int32)], device_of(backend))
                 gradient = torch.full_like(given[1], torch.nan)
                 triton_impl._keep_order(*given, gradient)
                 assert torch.equal(gradient.cpu(), out)
@@ -164,7 +164,7 @@ class TestTriton:
         from prmfast.kernels.picnn import triton_impl
 
         raw = torch.tensor([[0.5, torch.nan, 0.25, 1.0]])
-        given = moved([torch.arange(4.0).unsqueeze(0), raw, torch.ones(1, dtype=torch.int32)], home(backend))
+        given = moved([torch.arange(4.0).unsqueeze(0), raw, torch.ones(1, dtype=torch.int32)], device_of(backend))
         gradient = torch.empty_like(given[1])
         triton_impl._keep_order(*given, gradient)
         torch.testing.assert_close(
@@ -188,8 +188,8 @@ class TestTriton:
 
     def test_plain_bfloat16_is_an_option(self, backend: str) -> None:
         params = make_picnn(5, (32, 32), dtype=torch.float32, **NETWORKS["softplus"])
-        context, points = moved(inputs(3, 11), home(backend))
-        params = moved(params, home(backend))
+        context, points = moved(inputs(3, 11), device_of(backend))
+        params = moved(params, device_of(backend))
         exact = picnn_map(params, context, points, backend=backend)[1]
         low = picnn_map(params, context, points, backend=backend, precision="bfloat16")[1]
         error = (low - exact).abs().amax(1) / exact.abs().mean(1)

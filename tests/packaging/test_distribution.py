@@ -42,7 +42,8 @@ EMPTY_EXTENSION = '#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_C, m) { m.do
 def package_files() -> set[str]:
     """Every file of the package as the tree has it, rooms through their links included."""
     found = set()
-    for folder in (ROOT / "prmfast", *(ROOT / "prmfast" / "kernels" / room for room in ROOMS)):
+    linked = [path for path in (ROOT / "prmfast" / "kernels").iterdir() if path.is_symlink()]
+    for folder in (ROOT / "prmfast", *linked):
         for path in folder.rglob("*"):
             hidden = "__pycache__" in path.parts or path.suffix in (".so", ".pyc")
             if path.is_file() and not hidden:
