@@ -1,9 +1,11 @@
 """Compiles csrc into prmfast._C (torch-free pybind11); everything else stands in pyproject.toml.
 
 PRMFAST_CUDA=1 also compiles the CUDA sources with the nvcc that is found (CUDA_HOME, then PATH); the default builds
-C++ only. PRMFAST_BUILD_JOBS bounds how many files are compiled at a time.
+C++ only. PRMFAST_CUDA_ARCHITECTURES=90a (or 80) builds for one kind of GPU. PRMFAST_BUILD_JOBS bounds how many files
+are compiled at a time.
 """
 
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -19,6 +21,17 @@ CUDA_ARCHITECTURES = {
     "80": "[sm_80,compute_80]",
     "90a": "sm_90a",
 }  # what is built for each; others make code from compute_80
+
+
+def architectures() -> list[str]:
+    """What nvcc is told to build: all of `CUDA_ARCHITECTURES`, or those that PRMFAST_CUDA_ARCHITECTURES names."""
+    wanted = os.environ.get("PRMFAST_CUDA_ARCHITECTURES", ",".join(CUDA_ARCHITECTURES)).split(",")
+    unknown = set(wanted) - set(CUDA_ARCHITECTURES)
+    if unknown:
+        raise RuntimeError(
+            f"PRMFAST_CUDA_ARCHITECTURES must name {' and '.join(CUDA_ARCHITECTURES)}, got {','.join(sorted(unknown))}"
+        )
+    return [f"-gencode=arch=compute_{name},code={CUDA_ARCHITECTURES[name]}" for name in wanted]
 
 
 def sources(suffix: str) -> list[str]:
@@ -52,12 +65,17 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
     def add_cuda(self, ext: Pybind11Extension, root: pathlib.Path) -> None:
-        architectures = [f"-gencode=arch=compute_{a},code={code}" for a, code in CUDA_ARCHITECTURES.items()]
+        flags = architectures()
         pathlib.Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        for source in sources(".cu"):
+
+        def compile_source(source: str) -> str:
             target = str(pathlib.Path(self.build_temp) / (source.replace("/", "_") + ".o"))
-            self.spawn([str(root / "bin" / "nvcc"), *NVCC_FLAGS, *architectures, "-c", source, "-o", target])
-            ext.extra_objects.append(target)
+            self.spawn([str(root / "bin" / "nvcc"), *NVCC_FLAGS, *flags, "-c", source, "-o", target])
+            return target
+
+        jobs = int(os.environ.get("PRMFAST_BUILD_JOBS", "0")) or os.cpu_count() or 1
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            ext.extra_objects.extend(pool.map(compile_source, sources(".cu")))
         ext.define_macros.append(("PRMFAST_CUDA", "1"))
         ext.library_dirs.extend(str(root / lib) for lib in ("lib64", "targets/x86_64-linux/lib"))
         ext.libraries.extend(["cudart_static", "rt", "dl", "pthread"])

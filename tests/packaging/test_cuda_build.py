@@ -22,7 +22,8 @@ ASK = "import _C; print(_C.cuda.runtime_version(), _C.cuda.device_count(), hasat
 )
 def test_the_cuda_build_tells_its_runtime_and_the_devices(tmp_path: Path) -> None:
     folders = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "objects")
-    run(sys.executable, "setup.py", "-q", "build_ext", *folders, cwd=ROOT, PRMFAST_CUDA="1")
+    one = {"PRMFAST_CUDA": "1", "PRMFAST_CUDA_ARCHITECTURES": "80"}  # tests/cuda/test_resources.py compiles for all
+    run(sys.executable, "setup.py", "-q", "build_ext", *folders, cwd=ROOT, **one)
     told = run(sys.executable, "-c", ASK, cwd=tmp_path / "lib" / "prmfast")
     runtime, devices, has_rooms, path = told.split()
     assert int(runtime) >= 12_000
@@ -31,6 +32,19 @@ def test_the_cuda_build_tells_its_runtime_and_the_devices(tmp_path: Path) -> Non
         assert int(devices) == torch.cuda.device_count()
     if shutil.which("ldd") is not None:
         assert "libcudart" not in run("ldd", path, cwd=tmp_path)  # linked statically
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PRMFAST_CUDA": "1", "PRMFAST_CUDA_ARCHITECTURES": "80,75", "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "PRMFAST_CUDA_ARCHITECTURES must name 80 and 90a, got 75" in done.stderr
 
 
 def test_the_cuda_build_without_nvcc_says_what_to_do(tmp_path: Path) -> None:
