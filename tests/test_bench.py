@@ -108,6 +108,23 @@ def test_names_of_rivals_and_variants_are_those_of_the_job(case: Case) -> None:
         assert tuple(job.rivals) == case.rivals
 
 
+def test_a_profile_is_a_trace_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "traces" / "ias.json"
+    told = invoke("--room", "ias", "--op", "ias_budget", "--quick", "--profile", path)
+    assert told.exit_code == 0, told.output
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    (case,) = select(ops=["ias_budget"], quick=True)
+    assert {case.name, "prmfast::ias_budget"} <= names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_device_that_is_not_here_is_refused() -> None:
+    for device, why in (("cuda", "--device cuda needs a GPU that torch"), ("tpu", "--device must be cpu or cuda")):
+        told = invoke("--quick", "--device", device)
+        assert told.exit_code == 1
+        assert why in " ".join(told.stderr.split())
+
+
 def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     arguments = ("--quick", "--op", "ias_budget", "--rival", "torch eager", "--output", output)
