@@ -16,7 +16,7 @@ from prmfast.calibration import CalibrationData, CondOTCalibrator, load_calibrat
 from prmfast.calibration.condot import rounded_up
 from prmfast.calibration.picnn import ConditionalPicnn, beta_quantiles, smoothed_quantiles
 from prmfast.calibration.training import CHECKPOINT_NAME
-from tests.ops.device import backends, home
+from tests.ops.device import backends, device_of
 
 QUICK = {"steps": 80, "context": "mlp"}
 OBJECTIVES = ("binomial", "crps", "dual")
@@ -48,8 +48,8 @@ def test_no_crossing_at_101_levels_of_10000_contexts(
     fitted: CondOTCalibrator, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PRMFAST_BACKEND", backend)
-    interpreted = backend == "triton" and home(backend) == "cpu"
-    hidden, score = (t.to(home(backend)) for t in contexts(5 if interpreted else 10_000))
+    interpreted = backend == "triton" and device_of(backend) == "cpu"
+    hidden, score = (t.to(device_of(backend)) for t in contexts(5 if interpreted else 10_000))
     quantiles = fitted.quantile(hidden, torch.linspace(0, 1, 101), score=score, clip=False)
     assert quantiles.shape == (len(hidden), 101)
     assert int((quantiles.diff(dim=1) < 0).sum()) == 0
@@ -116,7 +116,7 @@ def test_a_fit_is_the_same_on_every_backend(backend: str, monkeypatch: pytest.Mo
     few = rows(24)
     size = {"steps": 2, "batch_size": 8, "width": 3, "depth": 2, "encoder": [8], "dropout": 0.0, "context": "mlp"}
     quantiles = []
-    for device, name in (("cpu", "reference"), (home(backend), backend)):
+    for device, name in (("cpu", "reference"), (device_of(backend), backend)):
         monkeypatch.setenv("PRMFAST_BACKEND", name)
         fitted = CondOTCalibrator(device=device, **size).fit(few, progress=False)
         monkeypatch.setenv("PRMFAST_BACKEND", "reference")
