@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from prmfast.kernels.common.errors import nan_error
 from prmfast.kernels.common.launch import POINTERS, Variant, check_device, pointers_of
 from prmfast.kernels.ias import triton_kernels as kernels
 from prmfast.kernels.ias import tuning
@@ -42,7 +43,7 @@ class _Rows:
             return
         row = int(self.nan_row)
         if row != _NOBODY:
-            raise ValueError(f"{op}: quantiles must not be NaN, got NaN in row {row}")
+            raise nan_error(op, "quantiles", row)
 
 
 def _budget_constants(columns: int, n_max: int, single: bool) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from prmfast.kernels.common.errors import nan_error
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -63,11 +65,6 @@ class Check:
         if bool(bad.any()):
             rows = bad.reshape(value.shape[0], -1).any(1) if value.ndim else bad.reshape(1)
             raise nan_error(self.op, name, int(rows.nonzero()[0]))
-
-
-def nan_error(op: str, name: str, row: int) -> ValueError:
-    """What an op raises, and a backend that finds the NaN itself."""
-    return ValueError(f"{op}: {name} must not be NaN, got NaN in row {row}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -15,8 +15,8 @@ from prmfast.kernels.ias.reference import ias_budget
 from prmfast.kernels.picnn.params import PicnnParams
 from prmfast.kernels.picnn.reference import context_stage, picnn_levels
 from prmfast.kernels.picnn.tuning import CUDA_DEEPEST, CUDA_HEAD_INPUTS, CUDA_HEAD_LEVELS, CUDA_WIDEST
-from prmfast.ops._cuda import head
-from prmfast.ops._cuda.head import Served, ServingHead
+from prmfast.ops import serving_head as head
+from prmfast.ops.serving_head import Served, ServingHead
 from prmfast.testing import make_picnn
 from tests.cuda.adapters import adapter
 from tests.cuda.library import Library

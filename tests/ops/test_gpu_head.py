@@ -9,7 +9,7 @@ import torch
 
 from prmfast import ops
 from prmfast.kernels.ias.reference import ias_budget
-from prmfast.ops._cuda.head import Served, ServingHead
+from prmfast.ops.serving_head import Served, ServingHead
 from prmfast.testing import make_picnn
 from tests.ops.device import moved
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prmfast.kernels.common.errors import nan_error
 from prmfast.kernels.ias.reference import ias_curve_backward
-from prmfast.ops._contract import nan_error
 from prmfast.ops._cpu._extension import _C
 
 __all__ = ["FINDS_NAN", "ias_allocate", "ias_budget", "ias_curve", "ias_curve_backward"]
