@@ -5,12 +5,35 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from prmfast.engines.base import Completion, Engine, Scorer, Verifier
+from prmfast.engines.base import (
+    AsyncEngine,
+    AsyncJudge,
+    Completion,
+    Engine,
+    EngineStats,
+    Judge,
+    Scorer,
+    StepScores,
+    StreamingEngine,
+    Verifier,
+)
 
 if TYPE_CHECKING:
     from prmfast.engines.transformers import TransformersEngine
 
-__all__ = ["Completion", "Engine", "Scorer", "TransformersEngine", "Verifier"]
+__all__ = [
+    "AsyncEngine",
+    "AsyncJudge",
+    "Completion",
+    "Engine",
+    "EngineStats",
+    "Judge",
+    "Scorer",
+    "StepScores",
+    "StreamingEngine",
+    "TransformersEngine",
+    "Verifier",
+]
 
 
 def __getattr__(name: str) -> Any:

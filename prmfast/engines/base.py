@@ -1,12 +1,14 @@
 """What the rest of prmfast asks of a generation engine and of a process reward model.
 
-An engine draws one more sample of a prompt with a given seed; a scorer judges the steps of answers. Budget policies and
-rollout pipelines know these two protocols and nothing about servers.
+An engine draws one more sample of a prompt with a given seed: `Engine` in batches, `StreamingEngine` while others run,
+`AsyncEngine` for an event loop. A scorer judges the steps of answers: `Scorer` gives scores and hidden states, `Judge`
+scores and, where a calibrator stands beside the PRM, quantiles of the success probability. Budget policies and rollout
+pipelines know these protocols and nothing about servers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -18,7 +20,11 @@ Verifier = Callable[[str, str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One finished sample; ``finished=False`` means that the length limit was hit."""
+    """One finished sample; ``finished=False`` means that the length limit was hit.
+
+    ``stop`` is the stop string that ended it, None where an end token or the length limit did. ``cached_tokens`` of its
+    prompt (and prefix) were found in the engine's prefix cache.
+    """
 
     prompt: str
     seed: int
@@ -26,6 +32,34 @@ class Completion:
     token_ids: tuple[int, ...]
     n_tokens: int
     finished: bool
+    stop: str | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts since the engine was made. ``prompt_tokens`` of requests taken up, of which ``cached_tokens`` were not
+    computed again; ``generated_tokens`` include those of aborted requests.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+    running: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepScores:
+    """What a PRM says of one answer: a score in [0, 1] per step, and one for the empty answer.
+
+    ``quantiles`` [steps, M] float32 on the CPU: quantiles of each step's success probability at the levels
+    (m + 1/2) / M, from the calibrator that stands beside the PRM; None without one.
+    """
+
+    scores: tuple[float, ...]
+    quantiles: Tensor | None = None
 
 
 @runtime_checkable
@@ -42,6 +76,64 @@ class Engine(Protocol):
         ``text`` and ``token_ids`` hold the whole answer: the prefix, where one was given, and what was drawn after it;
         ``n_tokens`` counts the drawn tokens only. The result depends on (prompt, prefix, seed), not on the other rows.
         """
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """An engine that takes up samples one at a time while others run: what adaptive sampling needs."""
+
+    def submit(self, prompt: str, seed: int, *, prefix: str = "") -> str:
+        """Takes up one more sample and returns its request id at once."""
+        ...
+
+    def poll(self) -> list[tuple[str, Completion]]:
+        """Lets the engine work a little; the samples finished since the last call. [] with nothing running too."""
+        ...
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        """Stops these requests; they never come out of `poll`. Unknown and finished ids are no error."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Tokens and requests so far."""
+        ...
+
+
+@runtime_checkable
+class AsyncEngine(Protocol):
+    """An engine on an event loop; cancelling `draw` aborts the request inside the engine."""
+
+    policy_id: str
+
+    async def draw(self, prompt: str, seed: int, *, prefix: str = "") -> Completion:
+        """One more sample of a prompt; text and token ids as in `Engine.sample`."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Tokens and requests so far."""
+        ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A process reward model with its calibrator, if it has one."""
+
+    prm_id: str
+
+    def judge(self, questions: Sequence[str], answers: Sequence[str | None]) -> list[StepScores]:
+        """One per (question, answer) pair; answer None is the empty answer, which has one row."""
+        ...
+
+
+@runtime_checkable
+class AsyncJudge(Protocol):
+    """`Judge` on an event loop, one answer a call."""
+
+    prm_id: str
+
+    async def judge(self, question: str, answer: str | None) -> StepScores:
+        """Scores and quantiles of one answer; None is the empty answer, which has one row."""
         ...
 
 
