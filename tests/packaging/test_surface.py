@@ -18,7 +18,15 @@ PUBLIC = sorted(
     for info in pkgutil.walk_packages(prmfast.__path__, "prmfast.")
     if not any(part.startswith("_") for part in info.name.split(".")[1:])
 )
-CURATED = ("prmfast", "prmfast.ops", "prmfast.calibration", "prmfast.ias", "prmfast.engines", "prmfast.tiny")
+CURATED = (
+    "prmfast",
+    "prmfast.ops",
+    "prmfast.calibration",
+    "prmfast.distrl",
+    "prmfast.ias",
+    "prmfast.engines",
+    "prmfast.tiny",
+)
 
 
 @pytest.mark.parametrize("name", CURATED)
@@ -32,11 +40,12 @@ def test_curated_names_are_unique_and_resolve(name: str) -> None:
 
 
 def test_the_names_that_others_build_on() -> None:
-    from prmfast import calibration, engines, ias, ops
+    from prmfast import calibration, distrl, engines, ias, ops
 
     fixed = {
         ops: {"picnn_map", "ias_budget", "ias_curve", "ias_allocate", "resolve", "available"},
         calibration: {"CondOTCalibrator", "QuantileRegressionCalibrator", "CalibrationData", "metrics", "plots"},
+        distrl: {"gae", "group_normalised_outcome", "distrl_advantages", "distrl_loss"},
         ias: {"BudgetPolicy", "BestOfN", "compute_n_ias", "determine_k", "determine_m", "replay"},
         engines: {"TransformersEngine"},
     }
