@@ -34,6 +34,7 @@ class PRMAdapter(abc.ABC):
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]] = ()
+    special_tokens: ClassVar[tuple[str, ...]] = ()  # that the template is made of; each must be one token
     incremental: ClassVar[bool] = True
     separator: str = "\n\n"
 
@@ -65,11 +66,25 @@ class PRMAdapter(abc.ABC):
         token = self.step_token(tokenizer)
         if token is None:
             return None
+        return self._one_token(tokenizer, token)
+
+    def check(self, config: Any, tokenizer: Any) -> None:
+        """PRMError where the tokenizer is not this PRM's or not this model's: what a loader calls first."""
+        for token in self.special_tokens:
+            self._one_token(tokenizer, token)
+        self.step_token_id(tokenizer)
+        if len(tokenizer) > config.vocab_size:
+            raise PRMError(
+                f"{self.name}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; "
+                "load the tokenizer that was released with the checkpoint"
+            )
+
+    def _one_token(self, tokenizer: Any, token: str) -> int:
         found = tokenizer.encode(token, add_special_tokens=False)
         if len(found) != 1 or found[0] == getattr(tokenizer, "unk_token_id", None):
             raise PRMError(
-                f"{self.name}: the tokenizer must have {token!r} as one token, it reads it as {len(found)} "
-                f"({list(found)}); load the tokenizer that was released with the checkpoint"
+                f"{self.name}: the tokenizer must have {token!r} as one token, it reads it as {list(found)}; load the "
+                "tokenizer that was released with the checkpoint"
             )
         return int(found[0])
 
@@ -84,10 +99,11 @@ class PRMAdapter(abc.ABC):
         """
         mark = self.step_token_id(tokenizer)
         ids = [int(token) for token in tokenizer(self.text(question, steps))["input_ids"]]
-        return self.chain(ids, [i for i, token in enumerate(ids) if token == mark], steps)
+        positions = [i for i, token in enumerate(ids) if token == mark]
+        return self.chain(ids[: positions[-1] + 1] if positions else ids, positions, steps)
 
     def chain(self, token_ids: Sequence[int], positions: Sequence[int], steps: Sequence[str]) -> EncodedChain:
-        """An `EncodedChain` up to the last step's row; ValueError unless there is one row per step."""
+        """A checked `EncodedChain`; ValueError unless there is one row per step."""
         expected = max(len(steps), 1)
         if len(positions) != expected:
             raise ValueError(

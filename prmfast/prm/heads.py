@@ -196,8 +196,8 @@ class ValueHead(StepHead):
 class QuantileHead(StepHead):
     """M quantiles of the success probability [U]: ``sigmoid`` of a Linear d' -> M behind the base head's trunk.
 
-    Make it with `from_head`: every quantile then equals the base PRM's probability before training (for `ReasonEvalHead`
-    up to its averaged log odds; the released code leaves the biases of two PRMs random, this one does not).
+    Make it with `from_head`: before training every quantile then equals the base PRM's probability (for
+    `ReasonEvalHead` up to its averaged log odds). The released code leaves the biases of two PRMs random; not here.
     """
 
     def __init__(self, trunk: nn.Module, width: int, quantiles: int) -> None:

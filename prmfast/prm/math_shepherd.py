@@ -14,9 +14,9 @@ TAG = "ки"
 class MathShepherd(PRMAdapter):
     """``question step ки``, then ``separator`` and the next step: plain text, no chat template.
 
-    The separator is the released code's of [U]; the model card uses one line break (``separator="\\n"``). The checkpoint
-    is an ordinary causal language model, so its config cannot tell it from others: it matches where its name or folder
-    holds "shepherd", or under the architecture name ``MathShepherdPRM``.
+    The separator is that of the released code of [U]; the model card uses one line break (``separator="\\n"``). The
+    checkpoint is an ordinary causal language model, and its config cannot tell it from others: it matches where its
+    name or folder holds "shepherd", or under the architecture name ``MathShepherdPRM``.
     """
 
     name: ClassVar[str] = "math-shepherd"
@@ -62,31 +62,28 @@ class MathShepherd(PRMAdapter):
     def encode(self, tokenizer: Any, question: str, steps: Sequence[str]) -> EncodedChain:
         """Part by part, so that a later step cannot change the ids of an earlier one; see `PRMAdapter.encode`."""
         tag = self._tag(tokenizer)
-        first, *rest = steps or [""]
-        ids = self._ending(list(tokenizer(f"{question} {first} {TAG}")["input_ids"]), tag)
-        if ids is None:  # white space before the tag has swallowed the tag's own
-            ids = [*tokenizer(f"{question} {first}")["input_ids"], *tag]
-        for step in rest:
-            ids += self._next(tokenizer, step, tag)
+        ids: list[int] = []
+        for i, step in enumerate(steps or [""]):
+            ids += self._part(tokenizer, f"{question} {step}" if i == 0 else self.separator + step, tag, first=i == 0)
         return self.chain(ids, [i for i, token in enumerate(ids) if token == tag[-1]], steps)
 
-    def _next(self, tokenizer: Any, step: str, tag: list[int]) -> list[int]:
-        """Ids of one more step: what follows the tag of the step before."""
-        start = tokenizer.encode(TAG, add_special_tokens=False)
-        for text, end in ((f"{self.separator}{step} {TAG}", []), (f"{self.separator}{step}", tag)):
-            ids = [int(i) for i in tokenizer.encode(TAG + text, add_special_tokens=False)]
-            if ids[: len(start)] != start:
-                raise PRMError(
-                    f"{self.name}: the tokenizer reads {TAG + self.separator!r} as {ids[: len(start) + 1]}, not as the "
-                    f"tag {start} and a separator; load the tokenizer that was released with the checkpoint"
-                )
-            found = self._ending(ids[len(start) :] + end, tag)
-            if found is not None:
-                return found
-        raise AssertionError("the tag was appended")
+    def _part(self, tokenizer: Any, text: str, tag: list[int], *, first: bool) -> list[int]:
+        """Ids of ``text`` and the tag behind it; ``text`` stands behind another tag unless it is the first."""
+        ids = self._ids(tokenizer, f"{text} {TAG}", tag, first=first)
+        if ids[-1] == tag[-1]:
+            return ids
+        return [*self._ids(tokenizer, text, tag, first=first), *tag]  # white space swallowed the tag's own
 
-    def _ending(self, ids: list[int], tag: list[int]) -> list[int] | None:
-        return ids if ids[-1] == tag[-1] else None
+    def _ids(self, tokenizer: Any, text: str, tag: list[int], *, first: bool) -> list[int]:
+        if first:
+            return [int(i) for i in tokenizer(text)["input_ids"]]
+        ids = [int(i) for i in tokenizer.encode(TAG + text, add_special_tokens=False)]
+        if ids[: len(tag)] != tag:
+            raise PRMError(
+                f"{self.name}: the tokenizer reads {TAG + self.separator!r} as {ids[: len(tag) + 1]}, not as the tag "
+                f"{tag} and a separator; load the tokenizer that was released with the checkpoint"
+            )
+        return ids[len(tag) :]
 
     def _tag(self, tokenizer: Any) -> list[int]:
         ids = [int(i) for i in tokenizer.encode(TAG, add_special_tokens=False)]

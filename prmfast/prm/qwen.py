@@ -20,6 +20,7 @@ class QwenMathPRM(PRMAdapter):
 
     name: ClassVar[str] = "qwen2.5-math-prm"
     architectures: ClassVar[tuple[str, ...]] = ("Qwen2ForProcessRewardModel",)
+    special_tokens: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>")
 
     def __init__(self, system: str = SYSTEM) -> None:
         self.system = system

@@ -76,7 +76,7 @@ class ReasonEval(PRMAdapter):
         token = getattr(tokenizer, "pad_token", None)
         if token is None or tokenizer.encode(token, add_special_tokens=False) != [tokenizer.pad_token_id]:
             raise PRMError(
-                f"{self.name}: the tokenizer's pad_token separates the steps and must be one token, got {token!r}; load "
-                'the tokenizer that was released with the checkpoint, or set tokenizer.pad_token = "<s>"'
+                f"{self.name}: the tokenizer's pad_token separates the steps and must be one token, got {token!r}; "
+                'load the tokenizer that was released with the checkpoint, or set tokenizer.pad_token = "<s>"'
             )
         return str(token)
