@@ -186,8 +186,9 @@ def calibration_data(prm_id: str | None, width: int | None = 64, features: bool 
     )
 
 
-def fitted(prm_id: str | None = "tiny-qwen", **kwargs: Any) -> Calibrator:
-    return LogisticCalibrator().fit(calibration_data(prm_id, **kwargs), progress=False)
+def fitted(prm_id: str | None = "tiny-qwen", network: bool = False, **kwargs: Any) -> Calibrator:
+    calibrator: Calibrator = QuantileRegression(encoder=(8,), steps=2) if network else LogisticCalibrator()
+    return calibrator.fit(calibration_data(prm_id, **kwargs), progress=False)
 
 
 def test_judge_gives_the_calibrators_quantiles(loaded: dict[str, Loaded]) -> None:
@@ -226,7 +227,7 @@ def test_judge_gives_the_calibrators_quantiles(loaded: dict[str, Loaded]) -> Non
             lambda: fitted("other-prm"),
             "fitted for prm_id 'other-prm', this is 'tiny-qwen'.*fit one on traces of this prm",
         ),
-        (lambda: fitted(width=32), "hidden states of width 32, this PRM's have width 64"),
+        (lambda: fitted(width=32, network=True), "hidden states of width 32, this PRM's have width 64"),
         (lambda: fitted(width=None, features=False), "features that a PRM's scores do not give: length"),
     ],
 )
@@ -245,7 +246,7 @@ def test_the_same_prm_under_another_name_can_be_said(loaded: dict[str, Loaded]) 
 
 
 def test_a_network_calibrator_reads_the_hidden_states(loaded: dict[str, Loaded]) -> None:
-    calibrator = QuantileRegression(epochs=1).fit(calibration_data("tiny-qwen"), progress=False)
+    calibrator = fitted(network=True)
     assert calibrator.hidden_width_ == 64
     (row,) = AutoPRM.from_pretrained(loaded["qwen"].folder, calibrator=calibrator).judge(["Q"], ["a\n\nb"])
     assert row.quantiles is not None
