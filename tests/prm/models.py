@@ -170,7 +170,14 @@ def save(kind: str, folder: Path, **options: Any) -> tuple[Path, Any, Any]:
     model, tokenizer = make(kind, **options)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
     if kind == "pqm":  # TRL leaves the language model's name in the config
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["LlamaForCausalLM"]}))
+        config["architectures"] = ["LlamaForCausalLM"]
+    if kind == "qwen":  # the hub's config points at remote code
+        config["auto_map"] = {
+            "AutoConfig": "configuration_qwen2_rm.Qwen2RMConfig",
+            "AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel",
+        }
+    path.write_text(json.dumps(config))
     return folder, model.double(), tokenizer

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from prmfast.prm import MathShepherd, PRMAdapter, QwenMathPRM, ReasonEval, ValueHeadPRM
-from prmfast.prm.adapter import PRMError
+from prmfast.prm import MathShepherd, PRMAdapter, PRMError, QwenMathPRM, ReasonEval, ValueHeadPRM
 from tests.prm.models import CHATML, byte_level, sentencepiece
 
 QUESTION = "What is 1+1?"

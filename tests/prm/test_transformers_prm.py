@@ -16,8 +16,7 @@ from prmfast.calibration import ArtifactError, CalibrationData, Calibrator, Logi
 from prmfast.calibration import QuantileRegressionCalibrator as QuantileRegression
 from prmfast.calibration.features import FEATURE_NAMES, prefix_features, question_features
 from prmfast.engines import Judge, Scorer
-from prmfast.prm import AutoPRM, MathShepherd, PRMAdapter, ReasonEval, TransformersPRM, ValueHead
-from prmfast.prm.adapter import PRMError
+from prmfast.prm import AutoPRM, MathShepherd, PRMAdapter, PRMError, ReasonEval, TransformersPRM, ValueHead
 from tests.prm.models import make, save
 
 KINDS = ("qwen", "shepherd", "shepherd-llama", "reasoneval", "reasoneval-34b", "pqm")
@@ -278,6 +277,14 @@ def test_judge_names_the_bad_row(
 ) -> None:
     with pytest.raises(error, match=message):
         loaded["qwen"].prm.judge(questions, answers)
+
+
+def test_the_last_position_can_be_used(loaded: dict[str, Loaded]) -> None:
+    prm = loaded["qwen"].prm
+    room = 512 - len(prm.adapter.encode(prm.tokenizer, "Q", []).token_ids)
+    assert len(prm.judge(["Q"], ["x" * room])[0].scores) == 1
+    with pytest.raises(ValueError, match=r"512 positions, got 513 tokens"):
+        prm.judge(["Q"], ["x" * (room + 1)])
 
 
 def test_score_names_the_bad_row(loaded: dict[str, Loaded]) -> None:
