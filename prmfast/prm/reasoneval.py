@@ -37,6 +37,11 @@ class ReasonEval(PRMAdapter):
         """None: boundaries are derived and sent along as positions."""
         return None
 
+    def check(self, config: Any, tokenizer: Any) -> None:
+        """PRMError where the tokenizer has no separator, or is another model's."""
+        super().check(config, tokenizer)
+        self._separator(tokenizer)
+
     def text(self, question: str, steps: Sequence[str]) -> str:
         """What the model reads, as text: the separators are left out again before it sees them."""
         return f"Question:\n{question}\nAnswer:\nLet's think step by step.\n" + "".join(steps)
