@@ -23,8 +23,8 @@ from prmfast.distrl.candidates import (
 )
 from prmfast.distrl.filtering import Kept, filter_and_downsample, mixed_outcomes, prompt_pairs
 from prmfast.distrl.loop import Loop, LoopConfig
-from prmfast.distrl.losses import DistPPO, DistRLLoss, LossRule, TokPPO, distrl_loss, tok_ppo_loss
-from prmfast.distrl.models import HuggingFaceModel, LanguageModel
+from prmfast.distrl.losses import DistPPO, DistRLLoss, LossRule, TokPPO, distrl_loss, linear_distrl_loss, tok_ppo_loss
+from prmfast.distrl.models import HuggingFaceModel, LanguageModel, Outputs
 from prmfast.distrl.penalties import suffix_geometric_mean, suffix_mean, suffix_sum, topk_kl_penalty
 from prmfast.distrl.tensorboard import tensorboard_logger
 
@@ -39,6 +39,7 @@ __all__ = [
     "Loop",
     "LoopConfig",
     "LossRule",
+    "Outputs",
     "TokPPO",
     "distrl_advantages",
     "distrl_loss",
@@ -47,6 +48,7 @@ __all__ = [
     "gae",
     "group_normalised_outcome",
     "likely",
+    "linear_distrl_loss",
     "mixed_outcomes",
     "outcome_advantages",
     "pairwise_accuracy",

@@ -27,12 +27,11 @@ from prmfast._progress import progress as progress_bar
 from prmfast.distrl.advantages import AdvantageRule, Advantages, distrl_advantages, outcome_advantages
 from prmfast.distrl.analysis import pairwise_accuracy, sign_accuracy, td_outcome_correlation
 from prmfast.distrl.candidates import likely, released_candidates, sampled_logp, sampled_td, without_last_token
-from prmfast.distrl.losses import LossRule, distrl_loss
-from prmfast.distrl.models import LanguageModel
+from prmfast.distrl.losses import LossRule
+from prmfast.distrl.models import LanguageModel, Outputs
 from prmfast.distrl.phases import Phases
 from prmfast.distrl.rollouts import Reward, Rollouts, choose, draw
 from prmfast.engines.base import Engine
-from prmfast.ops import candidate_td, token_logprob
 from prmfast.prm.losses import implicit_prm_loss, online_ipvrm_loss, online_terms
 
 logger = logging.getLogger("prmfast.distrl")
@@ -219,8 +218,8 @@ class Loop:
         if record["tokens"]:
             batch = _Batch(kept, self.device)
             with torch.no_grad(), phases("old"):
-                old = self.policy.logits(kept.prompts, kept.answers)
-            base = old if self.reference is None else self._reference_logits(kept, phases)
+                old = self.policy.outputs(kept.prompts, kept.answers)
+            base = old if self.reference is None else self._reference_outputs(kept, phases)
             if self.reward_model is not None:
                 with phases("reward"):
                     record |= self._update_reward(batch, base)
@@ -247,18 +246,20 @@ class Loop:
         seeds = range(first, first + self.config.samples)
         return draw(self.engine(), [self.questions[i] for i in picked], seeds, self.reward)
 
-    def _reference_logits(self, kept: Rollouts, phases: Phases) -> Tensor:
+    def _reference_outputs(self, kept: Rollouts, phases: Phases) -> Outputs:
         assert self.reference is not None
         with torch.no_grad(), phases("reference"):
-            return self.reference.logits(kept.prompts, kept.answers)
+            return self.reference.outputs(kept.prompts, kept.answers)
 
-    def _update_reward(self, batch: _Batch, base: Tensor) -> dict[str, Any]:
+    def _update_reward(self, batch: _Batch, base: Outputs) -> dict[str, Any]:
         """One step of the reward model on answers with a known outcome; its accuracy before the step."""
         assert self.reward_model is not None
         config, known = self.config, batch.outcome.isfinite()
-        logits = self.reward_model.logits(batch.rollouts.prompts, batch.rollouts.answers)
+        phi = self.reward_model.outputs(batch.rollouts.prompts, batch.rollouts.answers)
         temperature = config.temperature if self.reference is None else 1.0  # the behaviour policy is what sampled
-        ratio = token_logprob(logits, batch.ids) - token_logprob(base, batch.ids, temperature=temperature)
+        with torch.no_grad():
+            base_logp = base.logprob(batch.ids, temperature=temperature)
+        ratio = phi.logprob(batch.ids) - base_logp
         table, mask = batch.padded(ratio), batch.mask
         labels, groups, table, mask = batch.outcome[known], batch.rollouts.group[known.cpu()], table[known], mask[known]
         if not len(labels):
@@ -282,7 +283,7 @@ class Loop:
 
     @torch.no_grad()
     def _advantages(
-        self, batch: _Batch, old: Tensor, base: Tensor
+        self, batch: _Batch, old: Outputs, base: Outputs
     ) -> tuple[Advantages, Tensor, dict[str, float | None]]:
         """Advantages, log pi_old of the sampled tokens, and what was measured on the way."""
         config, offsets = self.config, batch.offsets
@@ -290,16 +291,15 @@ class Loop:
         if config.baseline == "batch":
             group = torch.zeros_like(group)
         if self.reward_model is None:
-            logp = token_logprob(old, batch.ids, temperature=config.temperature)
+            logp = old.logprob(batch.ids, temperature=config.temperature)
             return outcome_advantages(batch.outcome, group=group, offsets=offsets), logp, {}
-        reward = self.reward_model.logits(batch.rollouts.prompts, batch.rollouts.answers)
+        reward = self.reward_model.outputs(batch.rollouts.prompts, batch.rollouts.answers)
         against_old = partial(
-            candidate_td,
-            old,
+            old.candidates,
+            sampled=batch.ids,
             p_min=config.p_min,
             beta=config.beta,
-            sampled=batch.ids,
-            policy_temperature=config.temperature,
+            temperature=config.temperature,
         )
         found = against_old(reward)
         if base is not old:  # log phi - log ref = (log phi - log old) - (log ref - log old)
@@ -318,8 +318,7 @@ class Loop:
     def _update_policy(self, batch: _Batch, advantages: Advantages, old_logp: Tensor) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for _ in range(self.config.updates):
-            found = distrl_loss(
-                self.policy.logits(batch.rollouts.prompts, batch.rollouts.answers),
+            found = self.policy.outputs(batch.rollouts.prompts, batch.rollouts.answers).loss(
                 advantages,
                 sampled=batch.ids,
                 old_logp=old_logp,

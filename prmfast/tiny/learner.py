@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prmfast.distrl.models import Outputs
 from prmfast.tiny.decoder import Decoder
 from prmfast.tiny.engine import TinyEngine
 from prmfast.tiny.policy import Policy, forward
@@ -23,10 +24,10 @@ class TinyLearner:
         for parameter in self.policy.parameters():
             parameter.requires_grad_()
 
-    def logits(self, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> Tensor:
-        """[N, V] of the packed tokens of all answers; padding and unknown tokens have -inf, as they are never drawn."""
+    def outputs(self, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> Outputs:
+        """Logits of the packed tokens of all answers; padding and unknown tokens have -inf: they are never drawn."""
         if not any(map(len, answers)):
-            return self.policy.embedding.new_zeros(0, self.policy.config.vocab_size)
+            return Outputs(self.policy.embedding.new_zeros(0, self.policy.config.vocab_size))
         rows = [
             torch.tensor(parse_question(prompt) + list(answer)) for prompt, answer in zip(prompts, answers, strict=True)
         ]
@@ -35,8 +36,7 @@ class TinyLearner:
         _, logits = forward(self.policy, ids[:, :-1], start=QUESTION_LENGTH - 1)
         wanted = torch.arange(logits.shape[1]) < length[:, None]
         never = F.one_hot(torch.tensor([PAD_ID, UNK_ID]), logits.shape[-1]).any(0)
-        packed: Tensor = logits[wanted].masked_fill(never, -torch.inf)
-        return packed
+        return Outputs(logits[wanted].masked_fill(never, -torch.inf))
 
     def engine(self, policy_id: str = "prmfast/tiny-policy in training", *, temperature: float = 1.0) -> TinyEngine:
         """Samples from the weights as they are now; make a new one after every update."""

@@ -76,7 +76,7 @@ def test_every_method_moves_what_it_trains(world: TinyWorld, questions: list[str
 
 
 def log_probabilities(model: LanguageModel, rollouts: Rollouts) -> Tensor:
-    return model.logits(rollouts.prompts, rollouts.answers).log_softmax(-1)
+    return model.outputs(rollouts.prompts, rollouts.answers).logits().log_softmax(-1)
 
 
 @pytest.mark.parametrize("reference", ["behaviour", "fixed"])
@@ -268,7 +268,10 @@ class TestModels:
         drawn = draw(world.engine, questions[:5], [1, 2], world.verify)
         answers = (*drawn.answers[:-1], ())  # an empty answer has no row
         with torch.no_grad():
-            expected, found = ours.logits(drawn.prompts, answers), theirs.logits(drawn.prompts, answers)
+            expected, found = (
+                ours.outputs(drawn.prompts, answers).logits(),
+                theirs.outputs(drawn.prompts, answers).logits(),
+            )
         known = expected.isfinite()
         assert found.shape == expected.shape == (int(drawn.length[:-1].sum()), found.shape[1])
         torch.testing.assert_close(found[known], expected[known], rtol=1e-4, atol=1e-4)
@@ -289,7 +292,7 @@ class TestModels:
     def test_learner_is_what_the_decoder_samples_from(self, world: TinyWorld, questions: list[str]) -> None:
         learner = TinyLearner(world.policy)
         assert learner.engine().sample(questions[:2], [0, 1]) == world.engine.sample(questions[:2], [0, 1])
-        assert learner.logits(["x"], [()]).shape == (0, world.policy.config.vocab_size)
+        assert learner.outputs(["x"], [()]).states.shape == (0, world.policy.config.vocab_size)
         other = TinyLearner(world.policy)
         with torch.no_grad():
             for parameter in other.parameters():
@@ -303,7 +306,7 @@ class TestModels:
             HuggingFaceModel(torch.nn.Linear(2, 2), world.tokenizer())
         model = transformers.AutoModelForCausalLM.from_pretrained(TinyWorld.policy_directory())
         with pytest.raises(ValueError, match=r"prompts\[0\] must have at least one token, got none"):
-            HuggingFaceModel(model, world.tokenizer()).logits([""], [(3,)])
+            HuggingFaceModel(model, world.tokenizer()).outputs([""], [(3,)])
 
 
 def test_configurations_are_checked(world: TinyWorld) -> None:
