@@ -267,7 +267,8 @@ def _released_part(td: Tensor, where: Layout, rule: AdvantageRule) -> Tensor:
     if n < 2:
         return torch.zeros_like(td)
     raw = where.discounted_suffix_sums(td - td.mean(), rule.gamma * rule.lam)
-    bessel = float(torch.tensor(float(n)) / torch.tensor(float(n - 1)))  # the program counts tokens in float32
+    count = torch.tensor([n, n - 1], dtype=torch.float32)  # as the program counts tokens
+    bessel = float(count[0] / count[1])
     return (raw - raw.mean()) * (raw.var(correction=0) * bessel + _TD_EPS).rsqrt()
 
 

@@ -1,8 +1,8 @@
 """The loop of DistRL, and of the methods it is compared with: one code path, a configuration each.
 
 A step: rollouts of the policy, verified; an online update of the reward model; TD of candidates; advantages; an update
-of the policy. ``LoopConfig.grpo()``, ``.grpo_ipvrm()``, ``.distrl_ipvrm()``, ``.distrl_implicit()``, ``.prime()`` and
-``.reinforce()`` differ in numbers alone.
+of the policy. ``LoopConfig.grpo()``, ``.grpo_ipvrm()``, ``.distrl_ipvrm()``, ``.distrl_released()``,
+``.distrl_implicit()``, ``.prime()`` and ``.reinforce()`` differ in numbers alone.
 """
 
 from __future__ import annotations
@@ -103,6 +103,12 @@ class LoopConfig:
         return cls(**changes)
 
     @classmethod
+    def distrl_released(cls, **changes: Any) -> LoopConfig:
+        """What the released program computes under that name: its advantages, losses, sets and online weights."""
+        rules = {"advantage": AdvantageRule.released(), "loss": LossRule.released()}
+        return replace(cls(reward_variant="released", **rules), **changes)  # type: ignore[arg-type]
+
+    @classmethod
     def distrl_implicit(cls, **changes: Any) -> LoopConfig:
         """The same with an implicit PRM, trained on whole answers (beta 0.05, no margin)."""
         return replace(cls(reward="implicit", beta=0.05, margin=0.0, adb=False, dlw=False), **changes)
@@ -177,12 +183,13 @@ class Loop:
         directory: str | os.PathLike[str] | None = None,
         every: int = 10,
         on_step: Callable[[int, dict[str, Any]], None] | None = None,
-        show: bool = False,
+        show: bool = True,
     ) -> list[dict[str, Any]]:
         """Trains until step ``steps`` and returns one record of numbers (and ``reasons``) per step.
 
         directory: a checkpoint is written there every ``every`` steps and at the end; where one of the same
-        configuration lies, the loop goes on from it, bit-equal on the CPU. on_step: gets (step, record), for a logger.
+        configuration lies, the loop goes on from it, bit-equal on the CPU. on_step: gets (step, record), for a logger
+        (`tensorboard_logger`). show: a progress bar.
 
         Raises:
             ValueError: a checkpoint of another configuration, or a file that is none.

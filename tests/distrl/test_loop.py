@@ -21,7 +21,7 @@ from prmfast.distrl.rollouts import Rollouts, choose, draw
 from prmfast.engines import TransformersEngine
 from prmfast.tiny import TinyLearner, TinyWorld
 
-METHODS = ["grpo", "reinforce", "grpo_ipvrm", "prime", "distrl_implicit", "distrl_ipvrm"]
+METHODS = ["grpo", "reinforce", "grpo_ipvrm", "prime", "distrl_implicit", "distrl_ipvrm", "distrl_released"]
 
 
 @pytest.fixture(autouse=True)
