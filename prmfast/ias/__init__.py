@@ -1,7 +1,9 @@
 """Instance-adaptive scaling: how many samples a question deserves, drawn live or replayed from stored ones."""
 
+from prmfast.ias._beam_result import BeamAnswer, BeamCandidate, BeamSearchResult, BeamStep
 from prmfast.ias._journal import Sample
 from prmfast.ias._pool import ReplayPool
+from prmfast.ias.beam_search import BeamSearch, BeamSettings, has_boxed_answer
 from prmfast.ias.best_of_n import Answer, BestOfN, BestOfNResult, Decision, aggregate_score
 from prmfast.ias.estimates import QuestionEstimates
 from prmfast.ias.policies import (
@@ -20,6 +22,12 @@ from prmfast.ias.voting import majority_vote, weighted_vote
 
 __all__ = [
     "Answer",
+    "BeamAnswer",
+    "BeamCandidate",
+    "BeamSearch",
+    "BeamSearchResult",
+    "BeamSettings",
+    "BeamStep",
     "BestOfN",
     "BestOfNResult",
     "BetaThresholdBudget",
@@ -40,6 +48,7 @@ __all__ = [
     "compute_n_ias",
     "determine_k",
     "determine_m",
+    "has_boxed_answer",
     "majority_vote",
     "replay",
     "weighted_vote",
