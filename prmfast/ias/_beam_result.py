@@ -17,9 +17,10 @@ class BeamCandidate:
 
     ``number`` counts the draws of a question's subtree from 1, 0 is the empty answer; ``parent`` is the number of the
     chain that it continues. ``text`` is the whole answer so far, as the judge sees it; ``n_tokens`` counts the new
-    tokens. ``end`` says why nothing follows: "answer", "end token", "length", "empty steps"; None where it could go on.
-    ``fate`` is what became of it at step ``until``: "grown" (its children took its place), "beam" (it was among the
-    last beams), "pruned", "duplicate" or "empty step". Scores are None where the chain was never scored.
+    tokens. ``score`` is the PRM's; ``median``, ``lower`` and ``expected`` are of its success probability; None where
+    the chain was never scored. ``end`` says why nothing follows: "answer", "end token", "length", "empty steps"; None
+    where it could go on. ``fate`` is what became of it at step ``until``: "grown" (its children took its place), "beam"
+    (it was among the last beams), "pruned", "duplicate" or "empty step".
     """
 
     question: int
@@ -32,6 +33,7 @@ class BeamCandidate:
     n_tokens: int
     end: str | None
     score: float | None
+    median: float | None
     lower: float | None
     expected: float | None
     fate: Fate
@@ -66,14 +68,15 @@ class BeamStep:
 class BeamAnswer:
     """The outcome of a question.
 
-    ``score`` is the median of the picked chain, ``expected`` its mean; ``finished``: it ended by an end token or an
-    answer. ``end`` says why its subtree stopped. ``correct`` is the verifier's word on the pick, ``any_correct`` on all
-    last beams; None without one.
+    ``score`` is the PRM's of the picked chain, ``median`` and ``expected`` are of its success probability;
+    ``finished``: it ended by an end token or an answer. ``end`` says why its subtree stopped. ``correct`` is the
+    verifier's word on the pick, ``any_correct`` on all last beams; None without one.
     """
 
     question: str
     completion: str
     score: float
+    median: float
     expected: float
     finished: bool
     end: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from prmfast.engines.base import Completion
 from prmfast.ias._beam_result import BeamCandidate, BeamStep, Fate
@@ -30,12 +31,6 @@ class Chain:
     until: int = 0
 
     @property
-    def median(self) -> float:
-        """What chains are ranked by."""
-        assert self.rating is not None
-        return self.rating.median
-
-    @property
     def lower(self) -> float:
         """What budgets are computed from."""
         assert self.rating is not None
@@ -53,6 +48,7 @@ class Rules:
     target: float
     max_length: int | None
     is_answer: Callable[[str], bool] | None
+    rank_by: Literal["median", "score"]
     released: bool
 
 
@@ -121,10 +117,10 @@ class Tree:
         )
 
     def prune(self, step: int) -> None:
-        """Keeps the K best beams by their median and decides on M; every beam has been rated."""
+        """Keeps the K best beams and decides on M; every beam has been rated."""
         rules, lowers = self.rules, [chain.lower for chain in self.beams]
         k = determine_k([lowers], rules.m_max, rules.k_max, interleave=rules.adapt_k, q=rules.target)[0]
-        ranked = sorted(self.beams, key=lambda chain: -chain.median)
+        ranked = sorted(self.beams, key=lambda chain: -self.rank(chain))
         for chain in ranked[k:]:
             chain.fate, chain.until = "pruned", step
         self.beams = ranked[:k]
@@ -175,12 +171,17 @@ class Tree:
         return Chain(self.drawn, parent.number, step, completion.seed, judged, prefix, completion.n_tokens, end)
 
     def best(self) -> Chain:
-        """The beam with the highest median, the first among equals; finished answers come before unfinished ones."""
+        """The beam that ranks first, the earlier among equals; finished answers come before unfinished ones."""
         return max(self.beams, key=self.key)
 
     def key(self, chain: Chain) -> tuple[bool, float]:
         """Sorts chains for the final pick; the released program does not ask whether an answer is finished."""
-        return (chain.end in FINISHED and not self.rules.released, chain.median)
+        return (chain.end in FINISHED and not self.rules.released, self.rank(chain))
+
+    def rank(self, chain: Chain) -> float:
+        """What chains are ranked by."""
+        assert chain.rating is not None
+        return chain.rating.score if self.rules.rank_by == "score" else chain.rating.median
 
     def count_scored(self, n: int) -> None:
         """Notes that ``n`` chains of the last step were sent to the judge."""
@@ -200,7 +201,8 @@ class Tree:
                 text=chain.text,
                 n_tokens=chain.n_tokens,
                 end=chain.end,
-                score=None if chain.rating is None else chain.rating.median,
+                score=None if chain.rating is None else chain.rating.score,
+                median=None if chain.rating is None else chain.rating.median,
                 lower=None if chain.rating is None else chain.rating.lower,
                 expected=None if chain.rating is None else chain.rating.expected,
                 fate=chain.fate,

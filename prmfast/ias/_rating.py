@@ -14,11 +14,12 @@ from prmfast.ias._check import at_level
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """Success probability of a chain: ``median`` ranks, ``lower`` decides budgets, ``expected`` is the mean.
+    """The PRM's ``score`` of a chain and its success probability: median, lower bound for budgets, mean.
 
-    All three are the PRM's own score where there are no quantiles.
+    All of them are the score where there are no quantiles.
     """
 
+    score: float
     median: float
     lower: float
     expected: float
@@ -36,10 +37,9 @@ def rate(judge: Judge, questions: Sequence[str], texts: Sequence[str], lb_idx: i
     for question, text, row in zip(questions, texts, judged, strict=True):
         if not row.scores:
             raise ValueError(f"judge must return at least one score an answer, got none for {text!r}")
-        rating = (
-            _of_score(row.scores[-1], lb_idx) if row.quantiles is None else _of_quantiles(row.quantiles[-1], lb_idx)
-        )
-        if math.isnan(rating.median) or math.isnan(rating.lower):
+        score, quantiles = row.scores[-1], row.quantiles
+        rating = _of_score(score, lb_idx) if quantiles is None else _of_quantiles(score, quantiles[-1], lb_idx)
+        if any(math.isnan(value) for value in (rating.score, rating.median, rating.lower)):
             raise ValueError(f"judge must not return NaN, got NaN for {text!r} of question {question!r}")
         ratings.append(rating)
     return ratings
@@ -48,13 +48,13 @@ def rate(judge: Judge, questions: Sequence[str], texts: Sequence[str], lb_idx: i
 def _of_score(score: float, lb_idx: int | None) -> Rating:
     if lb_idx is not None:
         raise ValueError(f"lb_idx must be None for a judge without quantiles (it has no calibrator), got {lb_idx}")
-    return Rating(score, score, score)
+    return Rating(score, score, score, score)
 
 
-def _of_quantiles(quantiles: Tensor, lb_idx: int | None) -> Rating:
+def _of_quantiles(score: float, quantiles: Tensor, lb_idx: int | None) -> Rating:
     columns = len(quantiles)
     if lb_idx is not None and lb_idx >= columns:
         raise ValueError(f"lb_idx must be < {columns}, the number of quantiles, got {lb_idx}")
     median = float(at_level(quantiles, 0.5))
     lower = median if lb_idx is None else float(quantiles[lb_idx])
-    return Rating(median, lower, float(quantiles.double().mean()))
+    return Rating(score, median, lower, float(quantiles.double().mean()))

@@ -103,6 +103,8 @@ class BeamSearch:
         is_answer: says of a chain whether it holds its answer, and thereby ends; None leaves that to the end token.
         batch_size: samples per call of the engine, chains per call of the judge.
         seed: of each question's first sample.
+        rank_by: chains are ranked by the "median" of their success probability, or by the PRM's own "score"; budgets
+            read the quantiles either way.
         variant: "paper" or "released".
     """
 
@@ -113,6 +115,7 @@ class BeamSearch:
     is_answer: Callable[[str], bool] | None = has_boxed_answer
     batch_size: int = 1024
     seed: int = 0
+    rank_by: Literal["median", "score"] = "median"
     variant: Literal["paper", "released"] = "paper"
 
     def __post_init__(self) -> None:
@@ -129,6 +132,8 @@ class BeamSearch:
             raise TypeError(f"settings must be BeamSettings, got {type(self.settings).__name__}")
         whole("batch_size", self.batch_size, low=1)
         whole("seed", self.seed, low=0, high=2**62)
+        if self.rank_by not in ("median", "score"):
+            raise ValueError(f"rank_by must be 'median' or 'score', got {self.rank_by!r}")
         if self.variant not in ("paper", "released"):
             raise ValueError(f"variant must be 'paper' or 'released', got {self.variant!r}")
 
@@ -164,6 +169,7 @@ class _Search:
             target=shape.target,
             max_length=shape.max_length,
             is_answer=search.is_answer,
+            rank_by=search.rank_by,
             released=search.variant == "released",
         )
         self.trees = [
@@ -271,7 +277,8 @@ class _Search:
         return BeamAnswer(
             question=question,
             completion=pick.text,
-            score=pick.rating.median,
+            score=pick.rating.score,
+            median=pick.rating.median,
             expected=pick.rating.expected,
             finished=pick.end in FINISHED,
             end=tree.end or "max_steps",

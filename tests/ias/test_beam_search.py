@@ -274,7 +274,7 @@ def test_every_decision_follows_from_the_candidates() -> None:
         kept += [c for c in rows if c.fate == "grown" and c.until == step.step + 1 and c.step <= step.step]
         assert len(kept) == step.beams
         assert len(kept) + len(pruned) == step.candidates
-        assert min(c.score or 0 for c in kept) >= max([c.score or 0 for c in pruned], default=0)
+        assert min(c.median or 0 for c in kept) >= max([c.median or 0 for c in pruned], default=0)
         lowers = sorted((c.lower or 0 for c in kept + pruned), reverse=True)
         enough = [
             k for k in range(1, 5) if k == 4 or (k <= len(lowers) and 3 * k >= compute_n_ias(lowers[k - 1], 1, 0.9))
@@ -282,6 +282,23 @@ def test_every_decision_follows_from_the_candidates() -> None:
         assert step.k == min(enough[0], len(lowers))
         assert step.m == min(compute_n_ias(min(c.lower or 0 for c in kept), 4, 0.9), 3)
         assert step.why.startswith(f"K = {step.k}")
+
+
+def test_chains_may_be_ranked_by_the_raw_score() -> None:
+    """A judge whose quantiles turn the order round: the median ranks, or the score does."""
+
+    class Contrary(LetterJudge):
+        def one(self, question: str, answer: str | None) -> StepScores:
+            score = self.score(question, answer)
+            return StepScores((score,), torch.tensor([[1 - score] * 3]))
+
+    by_score = run(judge=Contrary(), rank_by="score")
+    assert [a.completion for a in by_score.answers] == [a.completion for a in run().answers]
+    by_median = run(judge=Contrary())
+    assert by_median.answers != by_score.answers
+    for answer in (*by_score.answers, *by_median.answers):
+        assert answer.score == LetterJudge.score(answer.question, answer.completion)
+        assert answer.median == answer.expected == pytest.approx(1 - answer.score, abs=1e-6)
 
 
 def test_ias_spends_less_where_the_prm_is_sure() -> None:
@@ -440,6 +457,7 @@ class Silent(LetterEngine):
         ({"judge": object()}, TypeError, r"judge must have prm_id and judge\(\) .*, got object"),
         ({"shape": {"freq": 1}}, TypeError, "settings must be BeamSettings, got dict"),
         ({"seed": -1}, ValueError, "seed must be >= 0"),
+        ({"rank_by": "mean"}, ValueError, "rank_by must be 'median' or 'score', got 'mean'"),
         ({"variant": "mine"}, ValueError, "variant must be 'paper' or 'released', got 'mine'"),
     ],
 )
