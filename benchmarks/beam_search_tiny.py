@@ -3,7 +3,7 @@
     python -m benchmarks.beam_search_tiny --output benchmarks/results/beam_search_tiny.json
 
 A seed is another set of questions and other samples; the calibrator is fitted once, on questions of another split.
-Tokens are the policy's. Best-of-N at equal tokens is interpolated between two numbers of samples; it ranks as the search.
+Tokens are the policy's. Best-of-N at equal tokens is interpolated between two Ns, and ranks as the search does.
 """
 
 from __future__ import annotations
