@@ -172,7 +172,7 @@ class TinyWorld:
         with progress_bar(len(questions), "PRM scores", progress) as bar:
             for part in _chunks(list(range(len(questions))), max(1, _ANSWERS_A_CALL // per_question)):
                 answers = [texts[i * per_question : (i + 1) * per_question] for i in part]
-                judged += [j for row in self.prm.judge([questions[i] for i in part], answers) for j in row]
+                judged += [j for row in self.prm.step_outputs([questions[i] for i in part], answers) for j in row]
                 bar.advance(len(part))
         score, state = self.prm.question_state(questions)
         return {

@@ -88,6 +88,7 @@ def test_length_limit_and_stop_strings(world: TinyWorld, parts: tuple[Any, Any])
     for cut, whole in zip(one_step, full, strict=True):
         assert cut.finished
         assert cut.text == task.split_steps(whole.text)[0]
+        assert (cut.stop, whole.stop) == (";", None)
     # A stop string in the prefix does not count.
     prefix = one_step[0].text
     two_steps = TransformersEngine(*parts, max_new_tokens=20, stop=[";"]).sample([question], [1], prefixes=[prefix])
