@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from prmfast.calibration.metrics import Terms
+
 Array = npt.NDArray[np.float64]
 Chains = Sequence[Sequence[float]]
 
@@ -27,6 +29,19 @@ class FirstErrorMetrics(NamedTuple):
 def first_errors(step_scores: Chains, threshold: float) -> list[int]:
     """Index of each chain's first step whose score is under the threshold, -1 where none is."""
     return [next((i for i, score in enumerate(chain) if score < threshold), -1) for chain in step_scores]
+
+
+def first_error_terms(predicted: Sequence[int], labels: Sequence[int]) -> Terms:
+    """Row terms of the F1, for `calibration.metrics.bootstrap`."""
+    truth, found = np.asarray(labels), np.asarray(predicted)
+    wrong, hit = truth != -1, truth == found
+    columns = np.stack((hit & wrong, wrong, hit & ~wrong, ~wrong), axis=1).astype(np.float64)
+
+    def combine(means: Any) -> Array:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(_harmonic(means[..., 0] / means[..., 1], means[..., 2] / means[..., 3]))
+
+    return Terms(columns, combine)
 
 
 def first_error_metrics(predicted: Sequence[int], labels: Sequence[int]) -> FirstErrorMetrics:
@@ -140,9 +155,9 @@ def cross_fitted_first_errors(
     predicted = np.full(len(labels), -1)
     chosen = []
     for mine in (False, True):
-        rows = np.flatnonzero(half != mine)
+        rows: list[int] = np.flatnonzero(half != mine).tolist()
         threshold = optimal_threshold([step_scores[i] for i in rows], [labels[i] for i in rows])
-        judged = np.flatnonzero(half == mine)
+        judged: list[int] = np.flatnonzero(half == mine).tolist()
         predicted[judged] = first_errors([step_scores[i] for i in judged], threshold)
         chosen.append(threshold)
     return CrossFitted([int(p) for p in predicted], (chosen[0], chosen[1]))

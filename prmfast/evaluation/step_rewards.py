@@ -54,7 +54,7 @@ def released_step_rewards(log_ratio: Any, step_positions: Sequence[int], *, coef
     tokens = real("log_ratio", log_ratio, 1)
     positions = np.asarray(step_positions, dtype=np.int64)
     first, ends = positions[0], np.minimum(positions[1:], len(tokens) - 1)
-    reward = step_rewards(tokens, ends, start=int(first), beta=coefficient)
+    reward = step_rewards(tokens, ends.tolist(), start=int(first), beta=coefficient)
     return reward, reward / (positions[1:] - first)
 
 
