@@ -18,7 +18,15 @@ PUBLIC = sorted(
     for info in pkgutil.walk_packages(prmfast.__path__, "prmfast.")
     if not any(part.startswith("_") for part in info.name.split(".")[1:])
 )
-CURATED = ("prmfast", "prmfast.ops", "prmfast.calibration", "prmfast.ias", "prmfast.engines", "prmfast.tiny")
+CURATED = (
+    "prmfast",
+    "prmfast.ops",
+    "prmfast.calibration",
+    "prmfast.ias",
+    "prmfast.engines",
+    "prmfast.pipeline",
+    "prmfast.tiny",
+)
 
 
 @pytest.mark.parametrize("name", CURATED)
