@@ -1,8 +1,8 @@
 """Answers checked with math-verify, in a process that can be ended.
 
 math-verify limits its own time with SIGALRM. That works in the main thread alone, takes the alarm away from whoever
-set one, and cannot interrupt a big-integer power that is computed in one call. So it runs in a process of its own,
-started on first use: any thread may ask, and an answer that takes too long costs that process.
+set one, and waits for what a C library computes in one call. So it runs in a process of its own, started on first use:
+any thread may ask, and an answer that takes far too long costs that process.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def main() -> None:
         log.write_text("")
         before = finished(directory)
         child = fork(world, directory, log)
-        time.sleep(chance.uniform(0, 0.35) * whole)
+        time.sleep(chance.uniform(0, 0.25) * whole)
         ended, status = os.waitpid(child, os.WNOHANG)
         if not ended:
             os.kill(child, signal.SIGKILL)

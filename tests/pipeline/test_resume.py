@@ -48,7 +48,7 @@ def test_killed_at_random_moments(world: TinyWorld, whole: LabelRun, tmp_path: P
     lives: list[dict[str, Any]] = json.loads(told.stdout)
     assert lives[-1]["status"] == 0
     killed = [life for life in lives if life["status"] == signal.SIGKILL]
-    assert len(killed) == len(lives) - 1 >= 3
+    assert len(killed) == len(lives) - 1 >= 2
     texts = jobs.questions(world)
     for life in lives:  # what was finished before a life is not asked for in it
         done = {int(name.split("-")[1]) for name in life["before"]}
