@@ -18,15 +18,8 @@ PUBLIC = sorted(
     for info in pkgutil.walk_packages(prmfast.__path__, "prmfast.")
     if not any(part.startswith("_") for part in info.name.split(".")[1:])
 )
-CURATED = (
-    "prmfast",
-    "prmfast.ops",
-    "prmfast.calibration",
-    "prmfast.ias",
-    "prmfast.engines",
-    "prmfast.pipeline",
-    "prmfast.tiny",
-)
+_NOUNS = (".ops", ".calibration", ".ias", ".engines", ".prm", ".pipeline", ".tiny")
+CURATED = ("prmfast", *(f"prmfast{name}" for name in _NOUNS))
 
 
 @pytest.mark.parametrize("name", CURATED)
@@ -40,13 +33,14 @@ def test_curated_names_are_unique_and_resolve(name: str) -> None:
 
 
 def test_the_names_that_others_build_on() -> None:
-    from prmfast import calibration, engines, ias, ops
+    from prmfast import calibration, engines, ias, ops, prm
 
     fixed = {
         ops: {"picnn_map", "ias_budget", "ias_curve", "ias_allocate", "resolve", "available"},
         calibration: {"CondOTCalibrator", "QuantileRegressionCalibrator", "CalibrationData", "metrics", "plots"},
         ias: {"BudgetPolicy", "BestOfN", "compute_n_ias", "determine_k", "determine_m", "replay"},
         engines: {"TransformersEngine"},
+        prm: {"AutoPRM", "losses"},
     }
     for module, names in fixed.items():
         assert names <= set(module.__all__), module.__name__
