@@ -133,7 +133,7 @@ def _cell(value: Any) -> str:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """All four files; returns what the tables show."""
-    names, report = list(LOSSES), {}
+    names, report = arguments.losses or list(LOSSES), {}
     options = {"folds": arguments.folds, "seeds": arguments.seeds}
     with progress(4 * len(names) * arguments.folds, "out of fold", enabled=not arguments.quiet) as bar:
         for file in ("processbench", "bigbench_mistake"):
@@ -168,6 +168,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), help="default: all")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=1, help="fits per fold and loss; their scores are averaged")
     parser.add_argument("--resamples", type=int, default=2000)

@@ -18,7 +18,21 @@ PUBLIC = sorted(
     for info in pkgutil.walk_packages(prmfast.__path__, "prmfast.")
     if not any(part.startswith("_") for part in info.name.split(".")[1:])
 )
-CURATED = tuple(f"prmfast{name}" for name in ("", ".ops", ".calibration", ".ias", ".engines", ".prm", ".tiny"))
+CURATED = tuple(
+    f"prmfast{name}"
+    for name in (
+        "",
+        ".ops",
+        ".calibration",
+        ".ias",
+        ".engines",
+        ".prm",
+        ".prm.data",
+        ".prm.losses",
+        ".evaluation",
+        ".tiny",
+    )
+)
 
 
 @pytest.mark.parametrize("name", CURATED)
