@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.model_selection import GroupKFold
+from threadpoolctl import threadpool_limits
 
 from benchmarks.text_prm import LOSSES, StepFeatures, TextPRM
 from prmfast._files import write_json
@@ -31,6 +32,7 @@ from prmfast.evaluation.plots import selection_curves, threshold_curves
 from prmfast.prm.data import read_rows
 
 BASELINE = "step number"
+FILES = ("processbench", "bigbench_mistake", "ipvrm_qwen3_0p6b_val", "game24_gpt4_cot")
 Scores = dict[str, list[list[float]]]
 
 
@@ -131,43 +133,61 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """All four files; returns what the tables show."""
-    names, report = arguments.losses or list(LOSSES), {}
-    options = {"folds": arguments.folds, "seeds": arguments.seeds}
-    with progress(4 * len(names) * arguments.folds, "out of fold", enabled=not arguments.quiet) as bar:
-        for file in ("processbench", "bigbench_mistake"):
-            chains = read_chains(arguments.data / f"{file}.parquet")[: arguments.limit]
-            scores = out_of_fold(chains, names, characters=False, advance=bar.advance, **options)
-            report[file] = [
-                {"loss": name, **row}
-                for name, steps in scores.items()
-                for row in first_error_table(steps, chains, resamples=arguments.resamples)
-            ]
-            console.print(render([row for row in report[file] if row["subset"] == "all"], file))
-            if arguments.plots:
-                labels = [chain.first_error for chain in chains]
-                save(threshold_curves(scores, labels, title=file), arguments.plots / f"{file}.png")
-        chains, rows = read_game24(arguments.data / "game24_gpt4_cot.parquet")
-        chains, rows = chains[: arguments.limit], rows[: arguments.limit]
-        scores = out_of_fold(chains, names, characters=True, advance=bar.advance, **options)
-        ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= arguments.largest_n]
-        pools = game24_pools(chains, rows, scores)
-        report["game24"] = selection_table(pools, ns, trials=20, resamples=arguments.resamples)
-        console.print(render([row for row in report["game24"] if row["n"] in (1, ns[-1])], "game24: best of n"))
-        if arguments.plots:
-            kept = [row for row in report["game24"] if not row["method"].startswith("vote")]
-            save(selection_curves(kept, title="Game of 24, GPT-4 answers"), arguments.plots / "game24.png")
-        chains = read_outcomes(arguments.data / "ipvrm_qwen3_0p6b_val.parquet")[: arguments.limit]
-        scores = out_of_fold(chains, names, characters=False, advance=bar.advance, **options)
-        report["ipvrm"] = pair_table(chains, scores)
-        console.print(render(report["ipvrm"], "ipvrm_qwen3_0p6b_val: pairs in order"))
-    return report
+class Run:
+    """One file after another; `tables` holds what is done."""
+
+    def __init__(self, arguments: argparse.Namespace, console: Console, advance: Callable[[], None]) -> None:
+        self.arguments, self.console, self.advance = arguments, console, advance
+        self.names: list[str] = arguments.losses or list(LOSSES)
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+
+    def file(self, name: str) -> None:
+        """Trains and judges on one file."""
+        if name == "game24_gpt4_cot":
+            self._game24(name)
+        elif name == "ipvrm_qwen3_0p6b_val":
+            chains = read_outcomes(self._path(name))[: self.arguments.limit]
+            self.tables[name] = pair_table(chains, self._scores(chains))
+            self.console.print(render(self.tables[name], f"{name}: pairs in order"))
+        else:
+            self._first_errors(name)
+
+    def _path(self, name: str) -> Path:
+        return Path(self.arguments.data) / f"{name}.parquet"
+
+    def _scores(self, chains: Sequence[Chain], *, characters: bool = False) -> Scores:
+        options = {"folds": self.arguments.folds, "seeds": self.arguments.seeds}
+        return out_of_fold(chains, self.names, characters=characters, advance=self.advance, **options)
+
+    def _first_errors(self, name: str) -> None:
+        chains = read_chains(self._path(name))[: self.arguments.limit]
+        scores = self._scores(chains)
+        self.tables[name] = [
+            {"loss": loss, **row}
+            for loss, steps in scores.items()
+            for row in first_error_table(steps, chains, resamples=self.arguments.resamples)
+        ]
+        self.console.print(render([row for row in self.tables[name] if row["subset"] == "all"], name))
+        if self.arguments.plots:
+            labels = [chain.first_error for chain in chains]
+            save(threshold_curves(scores, labels, title=name), self.arguments.plots / f"{name}.png")
+
+    def _game24(self, name: str) -> None:
+        chains, rows = (found[: self.arguments.limit] for found in read_game24(self._path(name)))
+        pools = game24_pools(chains, rows, self._scores(chains, characters=True))
+        ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= self.arguments.largest_n]
+        found = selection_table(pools, ns, trials=20, resamples=self.arguments.resamples)
+        self.tables[name] = found
+        self.console.print(render([row for row in found if row["n"] in (1, ns[-1])], f"{name}: best of n"))
+        if self.arguments.plots:
+            kept = [row for row in found if not row["method"].startswith("vote")]
+            save(selection_curves(kept, title="Game of 24, GPT-4 answers"), self.arguments.plots / f"{name}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--files", nargs="+", choices=FILES, default=FILES)
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), help="default: all")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=1, help="fits per fold and loss; their scores are averaged")
@@ -176,15 +196,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="only the first chains of each file")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--plots", type=Path, help="folder of PNG files")
-    parser.add_argument("--output", type=Path, help="JSON with everything the tables show")
+    parser.add_argument("--output", type=Path, help="JSON with everything the tables show; written after each file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    machine = describe()
-    console = Console(width=180)
-    report = run(arguments, console)
-    if arguments.output is not None:
-        settings = {"folds": arguments.folds, "seeds": arguments.seeds, "limit": arguments.limit}
-        write_json(arguments.output, {"machine": machine, **settings, "tables": report})
+    settings = {"folds": arguments.folds, "seeds": arguments.seeds, "limit": arguments.limit, "machine": describe()}
+    steps = len(arguments.files) * arguments.folds * len(arguments.losses or LOSSES)
+    with threadpool_limits(1), progress(steps, "out of fold", enabled=not arguments.quiet) as bar:
+        run = Run(arguments, Console(width=180), bar.advance)
+        for name in arguments.files:
+            run.file(name)
+            if arguments.output is not None:
+                write_json(arguments.output, {**settings, "tables": run.tables})
 
 
 if __name__ == "__main__":

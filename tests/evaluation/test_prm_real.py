@@ -58,15 +58,15 @@ def test_step_counts() -> None:
 
 
 def test_the_run(shared_data: Path, tmp_path: Path) -> None:
-    from benchmarks.prm_real import main
+    from benchmarks.prm_real import FILES, main
 
     files = ["--output", str(tmp_path / "r.json"), "--plots", str(tmp_path)]
     small = ["--folds", "2", "--limit", "120", "--resamples", "20", "--largest-n", "2", "--losses", "BCE", "PQM"]
     main([str(shared_data), *small, *files, "--quiet"])
     tables = json.loads((tmp_path / "r.json").read_text())["tables"]
-    assert set(tables) == {"processbench", "bigbench_mistake", "game24", "ipvrm"}
+    assert set(tables) == set(FILES)
     losses = {row["loss"] for row in tables["processbench"]}
-    assert losses == {row["loss"] for row in tables["ipvrm"]} == {"BCE", "PQM", "step number"}
-    assert {row["n"] for row in tables["game24"]} == {1, 2}
-    for name in ("processbench.png", "bigbench_mistake.png", "game24.png"):
+    assert losses == {row["loss"] for row in tables["ipvrm_qwen3_0p6b_val"]} == {"BCE", "PQM", "step number"}
+    assert {row["n"] for row in tables["game24_gpt4_cot"]} == {1, 2}
+    for name in ("processbench.png", "bigbench_mistake.png", "game24_gpt4_cot.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
