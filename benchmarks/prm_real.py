@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.model_selection import GroupKFold
-from threadpoolctl import threadpool_limits
 
 from benchmarks.text_prm import LOSSES, StepFeatures, TextPRM
 from prmfast._files import write_json
@@ -201,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     settings = {"folds": arguments.folds, "seeds": arguments.seeds, "limit": arguments.limit, "machine": describe()}
     steps = len(arguments.files) * arguments.folds * len(arguments.losses or LOSSES)
-    with threadpool_limits(1), progress(steps, "out of fold", enabled=not arguments.quiet) as bar:
+    with progress(steps, "out of fold", enabled=not arguments.quiet) as bar:
         run = Run(arguments, Console(width=180), bar.advance)
         for name in arguments.files:
             run.file(name)

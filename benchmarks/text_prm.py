@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from prmfast.evaluation import Chain
@@ -112,7 +113,8 @@ class StepFeatures:
         options = {"analyzer": "char_wb", "ngram_range": (1, 4)} if self.characters else {"ngram_range": (1, 2)}
         self.words_ = TfidfVectorizer(min_df=5, max_features=20_000, sublinear_tf=True, **options)
         table = self.words_.fit_transform([step for chain in chains for step in chain.steps])
-        self.reduce_ = TruncatedSVD(min(self.components, table.shape[1] - 1), random_state=self.seed).fit(table)
+        with threadpool_limits(1):  # more threads than idle cores make this many times slower
+            self.reduce_ = TruncatedSVD(min(self.components, table.shape[1] - 1), random_state=self.seed).fit(table)
         rows = np.concatenate(self._raw(chains))
         self.mean_, self.scale_ = rows.mean(0), rows.std(0) + 1e-6
         return self
