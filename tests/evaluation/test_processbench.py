@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from prmfast.evaluation import (
     Chain,
@@ -18,7 +19,9 @@ from prmfast.evaluation import (
     selection_table,
 )
 from prmfast.evaluation.plots import selection_curves, threshold_curves
+from prmfast.prm import AutoPRM
 from tests.evaluation.test_best_of_n import make_pools
+from tests.prm.models import save
 
 
 def chains_and_scores(count: int = 160, noise: float = 0.2) -> tuple[list[Chain], list[list[float]]]:
@@ -52,28 +55,20 @@ def test_table() -> None:
         first_error_table(scores[:1], chains)
 
 
-class ByStepNumber:
-    """A real scorer that needs no weights: the score of a step is one over its place."""
-
-    prm_id = "by-number"
-
-    def score(self, questions: Any, answers: Any) -> list[list[list[float]]]:
-        return [[[1 / (i + 1) for i in range(len(one.split("\n\n")))] for one in some] for some in answers]
-
-    def question_state(self, questions: Any) -> Any:
-        raise AssertionError("not needed")
-
-    def features(self, questions: Any, answers: Any) -> Any:
-        raise AssertionError("not needed")
-
-
-def test_scoring_keeps_order_and_checks_steps() -> None:
-    chains, _ = chains_and_scores(10)
-    found = score_chains(ByStepNumber(), chains, batch_size=3)
-    assert found == [[1 / (i + 1) for i in range(len(chain.steps))] for chain in chains]
+def test_scoring_by_a_transformers_prm(tmp_path: Path) -> None:
+    """Batches keep the order and change nothing; a chain that the PRM reads as other steps is an error."""
+    chains = [
+        Chain(f"What is {i}+1?", tuple(f"step {j}: {i}+{j}" for j in range(1 + i % 3)), -1, f"q{i}") for i in range(7)
+    ]
+    folder, _, _ = save("qwen", tmp_path / "tiny-qwen")
+    prm = AutoPRM.from_pretrained(folder, dtype=torch.float64)
+    found = score_chains(prm, chains, batch_size=3)
+    for chain, scores in zip(chains, found, strict=True):
+        alone = prm.score([chain.question], [["\n\n".join(chain.steps)]])[0][0]
+        assert scores == pytest.approx(alone, rel=1e-6)
     broken = Chain("q", ("one\n\nmore", "two"), -1, "q")
-    with pytest.raises(ValueError, match="chain 10: by-number sees 3 steps, the chain has 2; separator must be"):
-        score_chains(ByStepNumber(), [*chains, broken], batch_size=3)
+    with pytest.raises(ValueError, match=r"chain 7: .*tiny-qwen sees 3 steps, the chain has 2; separator must be"):
+        score_chains(prm, [*chains, broken], batch_size=3)
 
 
 def test_real_files(shared_data: Path) -> None:
@@ -107,7 +102,9 @@ def test_rows_are_checked(change: dict[str, Any], message: str, tmp_path: Path) 
 def test_plots() -> None:
     chains, scores = chains_and_scores()
     labels = [chain.first_error for chain in chains]
-    figure = threshold_curves({"prm": scores, "one over place": score_chains(ByStepNumber(), chains)}, labels)
+    figure = threshold_curves(
+        {"prm": scores, "blind": [[0.5 + 0.01 * i for i in range(len(chain))] for chain in scores]}, labels
+    )
     curve, mark, *_ = figure.axes[0].lines
     assert mark.get_ydata()[0] >= max(curve.get_ydata()) - 1e-12
     rows = selection_table(make_pools(), [1, 4, 16], trials=5, resamples=20)
