@@ -41,8 +41,8 @@ Row = dict[str, Any]
 
 ROLLOUTS = 8  # of a prefix in training and calibration
 TEST_ROLLOUTS = 32
-QUESTIONS = {"train": 500, "calibration": 300, "test": 200}
-EPOCHS = 20
+QUESTIONS = {"train": 400, "calibration": 250, "test": 150}
+EPOCHS = 10
 KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hard: any of 8": lambda k, n: (k > 0).float(),
     "hard: all of 8": lambda k, n: (k == n).float(),
@@ -50,9 +50,9 @@ KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 CALIBRATORS: dict[str, Callable[[int], Calibrator]] = {
     "isotonic": lambda seed: IsotonicCalibrator(),
-    "CondOT": lambda seed: CondOTCalibrator(seed=seed),
+    "CondOT": lambda seed: CondOTCalibrator(steps=400, seed=seed),
 }
-SEARCHED = 100  # questions, two answers each
+SEARCHED = 60  # questions, two answers each
 TRIALS = (4, 8, 16)
 TRUTH = 64
 
