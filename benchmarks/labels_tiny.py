@@ -30,7 +30,6 @@ from prmfast.bench.machine import describe
 from prmfast.calibration import CalibrationData, Calibrator, CondOTCalibrator, IsotonicCalibrator, metrics
 from prmfast.cli import wide_console
 from prmfast.pipeline import LabelSettings
-from prmfast.pipeline.labeller import question_table
 from prmfast.tiny import TinyWorld, TrainSettings, task
 from prmfast.tiny.decoder import MAX_LENGTH
 from prmfast.tiny.engine import start_ids
@@ -70,7 +69,7 @@ class Places:
 
 
 def labelled(world: TinyWorld, split: str, questions: int, settings: LabelSettings) -> list[Row]:
-    asked = question_table(world.questions(questions, settings.seed, split=split))
+    asked = world.questions(questions, settings.seed, split=split)
     return list(world.labeller(settings)(asked).to_pylist())
 
 
