@@ -69,8 +69,8 @@ class Labeller:
     """Labels questions: samples answers, judges them, rolls out their prefixes, extracts the PRM's features.
 
     A row depends on (question_id, question, prompt) and on the labeller alone, not on the chunk around it, up to what
-    an engine or a PRM computes differently in another batch. Called with a table of questions it returns one of
-    traces, so that ``ray.data.Dataset.map_batches(labeller, batch_format="pyarrow")`` can call it as well.
+    an engine or a PRM computes differently in another batch. It can be pickled, and maps a table of questions to one
+    of traces: other processes may share the work of a run by questions.
 
     A sample that hit the length limit counts as it stands. A rollout gets the engine's length limit anew, behind its
     prefix: leave room for both.
@@ -115,8 +115,8 @@ class Labeller:
             "settings": asdict(self.settings),
         }
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Trace rows of a chunk of questions (columns question_id, question, prompt; see `question_table`).
+    def __call__(self, batch: Sequence[str] | pa.Table) -> pa.Table:
+        """Trace rows of a chunk of questions, texts or a table; see `question_table`.
 
         The rows of a question stand together, in the order of the questions; columns as in ``prmfast.traces``, and
         seed, n_tokens, finished, step_labels, first_error (-1: none), rollouts (drawn for this row), step_logprobs.

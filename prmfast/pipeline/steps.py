@@ -13,7 +13,7 @@ Splitter = Callable[[str], list[str]]
 
 @dataclass(frozen=True, slots=True)
 class SplitAfter:
-    """A step ends behind every run of ``separator`` and white space; pieces of white space alone are no steps.
+    """A step ends behind every ``separator`` and the white space after it; white space alone is no step.
 
     Blank lines end the steps of the usual chat models; ``SplitAfter(";")`` cuts answers of the tiny world.
     """
@@ -28,7 +28,7 @@ class SplitAfter:
 
     def __call__(self, completion: str) -> list[str]:
         """The pieces of one answer; [] for an answer without text."""
-        ends = [found.end() for found in re.finditer(rf"(?:{re.escape(self.separator)}\s*)+", completion)]
+        ends = [found.end() for found in re.finditer(rf"{re.escape(self.separator)}\s*", completion)]
         pieces: list[str] = []
         carried, start = "", 0
         for end in (*ends, len(completion)):

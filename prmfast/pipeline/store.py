@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from prmfast._files import atomic_path, write_json
 
 FORMAT = 1
+_STALE = (".manifest.json.*.part", ".traces.parquet.*.part", "parts/.part-*.part")  # as atomic_path names them
 _PART = re.compile(r"part-(\d{5,})-([0-9a-f]{16})\.parquet")
 
 
@@ -57,13 +58,12 @@ class PartStore:
             path = self.directory / "manifest.json"
             if path.exists():
                 self._check(path)
-            elif any(found for found in self.directory.iterdir() if not found.name.endswith(".part")):
+            elif set(self.directory.iterdir()) - set(self.directory.glob(_STALE[0])):
                 raise ManifestError(f"{self.directory} holds files but no manifest.json; give an empty directory")
             else:
                 write_json(path, self.manifest)
-            for folder in (self.directory, self.directory / "parts"):
-                for stale in folder.glob(".*.part"):
-                    stale.unlink()
+            for stale in (found for pattern in _STALE for found in self.directory.glob(pattern)):
+                stale.unlink()
             yield self
 
     def complete(self) -> bool:

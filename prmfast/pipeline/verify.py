@@ -7,6 +7,7 @@ any thread may ask, and an answer that takes far too long costs that process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -33,7 +34,7 @@ class MathVerifier:
         timeout: whole seconds for one parse or comparison; an answer that takes longer is wrong.
 
     Raises ImportError without math-verify, KeyError for an unknown question, ValueError for a reference answer that
-    math-verify finds nothing in.
+    math-verify finds nothing in, RuntimeError for an answer that ends math-verify's process twice.
     """
 
     def __init__(self, references: Mapping[str, str], *, timeout: int = 5) -> None:
@@ -68,17 +69,27 @@ class MathVerifier:
             raise KeyError(f"references must hold every question, got none for {question!r}")
         asked = {"reference": self.references[question], "completion": completion, "timeout": self.timeout}
         with self._lock:
-            # The process belongs to who started it: a fork of that one must not read its answers.
-            if self._process is None or self._process.owner != os.getpid():
-                self._process = _Process()
-            told = self._process.ask(asked, seconds=4.0 * self.timeout)
+            for last in (False, True):  # a process may end through no fault of the answer: it gets a second one
+                try:
+                    told = self._worker().ask(asked, seconds=4.0 * self.timeout)
+                    break
+                except _WorkerDied:
+                    self._process = None
+                    if last:
+                        raise
             if told is None:
-                self._process.end()
+                self._worker().end()
                 self._process = None
                 return False
         if "error" in told:
             raise ValueError(f"{told['error']} (question {question!r})")
         return bool(told["correct"])
+
+    def _worker(self) -> _Process:
+        # The process belongs to who started it: a fork of that one must not read its answers.
+        if self._process is None or self._process.owner != os.getpid():
+            self._process = _Process()
+        return self._process
 
     def close(self) -> None:
         """Ends the process; a later call starts another."""
@@ -90,6 +101,10 @@ class MathVerifier:
 
 def _make(references: Mapping[str, str], timeout: int) -> MathVerifier:
     return MathVerifier(references, timeout=timeout)
+
+
+class _WorkerDied(RuntimeError):
+    """The process ended while it was asked."""
 
 
 class _Process:
@@ -113,8 +128,9 @@ class _Process:
     def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
         """The answer, or None when ``seconds`` are over."""
         assert self._worker.stdin is not None
-        self._worker.stdin.write(json.dumps(request).encode() + b"\n")
-        self._worker.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # its end is read below
+            self._worker.stdin.write(json.dumps(request).encode() + b"\n")
+            self._worker.stdin.flush()
         line = self._line(seconds)
         found: dict[str, Any] | None = None if line is None else json.loads(line)
         return found
@@ -136,5 +152,5 @@ class _Process:
         except queue.Empty:
             return None
         if not line:
-            raise RuntimeError(f"math-verify's process ended with status {self._worker.wait()}; its errors are above")
+            raise _WorkerDied(f"math-verify's process ended with status {self._worker.wait()}; its errors are above")
         return line

@@ -90,8 +90,13 @@ def test_a_policy_by_its_folder(world: TinyWorld, questions: Path, tmp_path: Pat
         assert row["correct"] == world.verify(row["question"], row["completion"])
 
 
-def test_what_cannot_be_done_is_said_in_one_line(questions: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_said_in_one_line(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = ("-o", tmp_path / "run")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else found(name))
+    assert 'pip install "prmfast[verify]"' in refused("label", questions, "--policy", "some/model", *out)
     assert "QUESTIONS must be given with --policy some/model" in refused("label", "--policy", "some/model", *out)
     assert "--prm must be tiny" in refused("label", "--prm", "other", *out)
     assert "does not exist" in refused("label", tmp_path / "absent.parquet", *out)

@@ -77,6 +77,26 @@ def test_labels_of_a_transformers_policy(engine: TransformersEngine, tmp_path: P
     assert '"max_new_tokens": 12' in manifest
 
 
+def test_a_released_prm_scores_the_steps(engine: TransformersEngine, tmp_path: Path) -> None:
+    from prmfast.prm import AutoPRM
+    from tests.prm.models import save
+
+    with torch.no_grad():
+        save("qwen", tmp_path / "prm")
+    prm = AutoPRM.from_pretrained(tmp_path / "prm")
+    label = Labeller(engine, verify, prm, SplitAfter(prm.adapter.separator), LabelSettings(samples=6, rollouts=2))
+    run = label_questions(QUESTIONS[:2], tmp_path / "run", label, progress=False)
+    rows = run.table().to_pylist()
+    assert max(len(row["steps"]) for row in rows) > 1
+    for row in rows:
+        wanted = prm.score([row["question"]], [[row["completion"]]])[0][0]
+        assert row["prm_step_scores"] == pytest.approx(wanted, abs=1e-5)
+        assert [len(state) for state in row["hidden_states"]] == [64] * len(row["steps"])
+        assert len(row["question_hidden"]) == 64
+    data = run.data()
+    assert (data.prm_id, data.policy_id) == (prm.prm_id, "random-llama")
+
+
 def test_log_probabilities_are_the_models(engine: TransformersEngine) -> None:
     done = engine.sample(QUESTIONS * 2, list(range(8)))
     found = engine.logprobs([c.prompt for c in done], [c.token_ids for c in done])

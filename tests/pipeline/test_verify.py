@@ -86,6 +86,11 @@ def test_an_answer_that_takes_too_long_is_wrong_and_the_next_one_is_judged() -> 
     assert not verify("answer", "$42$")
     assert first._worker.poll() == -signal.SIGKILL
     assert verify("answer", "$42$")
+    second = verify._process
+    assert second is not None
+    second._worker.kill()  # by the system, short of memory, say
+    assert verify("answer", "$42$")
+    assert verify._process is not second
     verify.close()
 
 
