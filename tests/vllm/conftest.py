@@ -42,6 +42,7 @@ ENGINE: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 64,
     "block_size": 32,  # the least there is, so that short prompts have cached blocks
+    "num_gpu_blocks_override": 2048,  # 64 MiB instead of the gigabyte that is the least vLLM can be told
     "seed": 0,
 }
 KINDS = {
@@ -120,6 +121,8 @@ def start_llm() -> Iterator[Callable[..., Any]]:
         return held[-1]
 
     yield start
+    for llm in held:
+        llm.llm_engine.engine_core.shutdown()
     held.clear()
     gc.collect()
 
