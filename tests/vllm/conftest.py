@@ -36,6 +36,15 @@ if HERE:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
+
+def pytest_report_header() -> str:
+    if not HERE:
+        return "vllm: not installed here, tests/vllm is left out (make test-vllm)"
+    import vllm
+
+    return f"vllm: {vllm.__version__} from {Path(vllm.__file__).parent}"
+
+
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,  # torch.compile costs 26 s a start
