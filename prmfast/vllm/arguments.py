@@ -105,10 +105,10 @@ def prm_engine_args(
 
 
 def prm_server_args(model: str | os.PathLike[str], **options: Any) -> list[str]:
-    """Command-line arguments of ``vllm serve`` (``python -m vllm.entrypoints.openai.api_server``) for a PRM.
+    """Command-line arguments of ``python -m vllm.entrypoints.openai.api_server`` for a PRM.
 
-    ``options`` as in `prm_engine_args`; ``[name, "--runner", "pooling", ...]``, ready for ``subprocess`` or
-    ``shlex.join``.
+    Options as in `prm_engine_args`. ``["--model", name, "--runner", "pooling", ...]``; ``vllm serve`` takes the same
+    without the first word.
     """
     arguments = prm_engine_args(model, **options)
     out = ["--model", arguments.pop("model")]
