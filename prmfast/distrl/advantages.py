@@ -213,6 +213,40 @@ def distrl_advantages(
     return Advantages(where.unpack(token).to(td.dtype), kept, own.to(dtype), sigma, tuple(reasons))
 
 
+def outcome_advantages(
+    outcome: Tensor,
+    *,
+    group: Tensor,
+    offsets: Tensor,
+) -> Advantages:
+    """GRPO's advantages: the group-normalised outcome at every token of packed sequences, and no candidates.
+
+    Args:
+        outcome: [S], as in `group_normalised_outcome`.
+        group: int64 [S].
+        offsets: int64 [S + 1].
+
+    Returns:
+        `Advantages` with ``token`` float32 [N], empty rows of candidates and sigma_v 0.
+
+    Raises:
+        TypeError, ValueError: as `gae`.
+    """
+    op = "outcome_advantages"
+    tokens = outcome.new_zeros(int(offsets[-1]) if len(offsets) else 0, dtype=torch.float32)
+    where = layout(op, "tokens", tokens, None, offsets)
+    per_sequence(op, "outcome", outcome, where.sequences, _OUTCOMES)
+    index, groups = group_index(op, group, where.sequences)
+    reasons = _about_outcomes(outcome, index, groups)
+    if len(tokens) == 0:
+        reasons.append("no valid token")
+    for reason in reasons:
+        logger.warning(reason)
+    own = group_normalised_outcome(outcome, group).float()
+    none = Candidates(offsets.new_zeros(len(tokens) + 1), offsets.new_empty(0), tokens[:0], tokens[:0])
+    return Advantages(own[where.sequence], none, own, 0.0, tuple(reasons))
+
+
 def _sigma_v(prefix_values: Tensor) -> tuple[float, bool]:
     """sigma_V, and whether it is more than rounding."""
     if len(prefix_values) == 0:
@@ -233,7 +267,8 @@ def _released_part(td: Tensor, where: Layout, rule: AdvantageRule) -> Tensor:
     if n < 2:
         return torch.zeros_like(td)
     raw = where.discounted_suffix_sums(td - td.mean(), rule.gamma * rule.lam)
-    bessel = float(torch.tensor(float(n)) / torch.tensor(float(n - 1)))  # the program counts tokens in float32
+    count = torch.tensor([n, n - 1], dtype=torch.float32)  # as the program counts tokens
+    bessel = float(count[0] / count[1])
     return (raw - raw.mean()) * (raw.var(correction=0) * bessel + _TD_EPS).rsqrt()
 
 

@@ -57,6 +57,7 @@ def filter_and_downsample(
     oversample_factor: float = 1.0,
     rank: Tensor | None = None,
     accuracy: tuple[float, float] = (0.01, 0.99),
+    prompts: int | None = None,
 ) -> Kept:
     """Keeps ``floor(floor(S / factor) / n)`` prompts of n sequences: first those that teach, then the others.
 
@@ -71,6 +72,7 @@ def filter_and_downsample(
         oversample_factor: >= 1, how many times more was sampled than is kept.
         rank: int64 [S], the order of sequences within their prompt; None: as they come.
         accuracy: lowest and highest mean outcome that teaches, inclusive.
+        prompts: how many prompts to keep, at most all; None: as ``oversample_factor`` says.
 
     Returns:
         `Kept`; kept prompts that do not teach are named in ``reasons`` and on the logger ``prmfast.distrl``.
@@ -85,6 +87,8 @@ def filter_and_downsample(
     per_sequence(op, "rank", rank, s, (torch.int64,))
     if not 1 <= oversample_factor < math.inf:
         raise ValueError(f"{op}: oversample_factor must be >= 1 and finite, got {oversample_factor}")
+    if prompts is not None and prompts < 1:
+        raise ValueError(f"{op}: prompts must be >= 1 or None, got {prompts}")
     if max_length < 1:
         raise ValueError(f"{op}: max_length must be >= 1, got {max_length}")
     index, groups = group_index(op, group, s)
@@ -102,7 +106,7 @@ def filter_and_downsample(
     within = known & ~high & ~low
     teaches = within & ~long
     order = (~teaches).long().argsort(stable=True)  # groups are numbered by increasing id
-    wanted = int(s // oversample_factor) // n
+    wanted = int(s // oversample_factor) // n if prompts is None else min(prompts, groups)
     chosen = order[:wanted]
     by_rank = rank.argsort(stable=True)
     members = by_rank[index[by_rank].argsort(stable=True)].reshape(groups, n)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from prmfast.distrl._ragged import FLOATS, Layout, finite, layout
 from prmfast.distrl.advantages import Advantages
-from prmfast.distrl.candidates import entry_rows, keep_rows, select_rows
-from prmfast.ops import Candidates, dist_ppo_loss, token_logprob
+from prmfast.distrl.candidates import entry_rows, keep_rows
+from prmfast.kernels.dist_ppo.reference import Rule, terms
+from prmfast.ops import Candidates, entry_logprob, linear_entry_logprob
+from prmfast.ops._contract import Check
+from prmfast.ops._dist_ppo_checks import check_layer
 
 logger = logging.getLogger("prmfast.distrl")
 
@@ -210,8 +213,8 @@ def distrl_loss(
 ) -> DistRLLoss:
     """Equals ``L_tok + alpha * L_dist``, [V] eq. 14: `tok_ppo_loss` of sampled tokens, Dist-PPO of candidates.
 
-    Dist-PPO runs in the room `dist_ppo_loss`: no [T, V] log-softmax is made. Hand over packed logits where padding is
-    much: the valid rows of padded ones are copied out.
+    Both parts share one pass over the logits in the room dist_ppo (`entry_logprob`), and one in the backward pass: no
+    log-softmax [T, V] is made, and one gradient.
 
     Args:
         logits: of pi_theta, [B, T, V], or [N, V] with ``offsets``: row t predicts the sampled token t. Any floating
@@ -223,20 +226,92 @@ def distrl_loss(
         offsets: int64 [S + 1] of packed sequences.
         rule: `LossRule`; default ``LossRule.paper()``.
         temperature: > 0, divides the logits.
-        backend: of the rooms candidate_td and dist_ppo.
+        backend: of the room dist_ppo.
 
     Returns:
-        `DistRLLoss`. Where no term has a gradient, ``reasons`` and the logger ``prmfast.distrl`` say why.
+        `DistRLLoss`, float32 (float64 for float64 logits). Where no term has a gradient, ``reasons`` and the logger
+        ``prmfast.distrl`` say why.
 
     Raises:
-        TypeError, ValueError: as `tok_ppo_loss`, `prmfast.ops.dist_ppo_loss` and `prmfast.ops.token_logprob`.
+        TypeError, ValueError: as `tok_ppo_loss` and `prmfast.ops.dist_ppo_loss`.
     """
-    op, rule = "distrl_loss", rule or LossRule()
+    op = "distrl_loss"
     where = layout(op, "sampled", sampled, mask, offsets)
     if not isinstance(logits, Tensor):
         raise TypeError(f"{op}: logits must be a torch.Tensor, got {type(logits).__name__}")
     if tuple(logits.shape[:-1]) != where.shape:
         raise ValueError(f"{op}: logits must have shape {(*where.shape, 'V')} like sampled, got {tuple(logits.shape)}")
+    columns = logits.shape[-1]
+    tokens = _tokens(op, advantages, sampled, old_logp, where, columns)
+    entries = tokens.entries(where, columns)
+    logp = entry_logprob(logits.reshape(-1, columns), *entries, temperature=temperature, backend=backend)
+    return _total(logp, tokens, where, rule or LossRule(), logits.dtype)
+
+
+def linear_distrl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    advantages: Advantages,
+    *,
+    sampled: Tensor,
+    old_logp: Tensor,
+    offsets: Tensor,
+    rule: LossRule | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> DistRLLoss:
+    """Equals ``distrl_loss(hidden @ weight.T, ...)`` without the [N, V] logits or their gradient.
+
+    Args:
+        hidden: last hidden states of pi_theta, [N, d], packed.
+        weight: [V, d], its output layer, in the hidden states' dtype.
+        advantages: as in `distrl_loss`, and so are the others.
+        sampled: int64 [N].
+        old_logp: [N].
+        offsets: int64 [S + 1].
+        rule: `LossRule`; default ``LossRule.paper()``.
+        temperature: > 0.
+        backend: of the room dist_ppo.
+
+    Returns:
+        As `distrl_loss`; differentiable in hidden and weight.
+
+    Raises:
+        As `distrl_loss`.
+    """
+    op = "linear_distrl_loss"
+    where = layout(op, "sampled", sampled, None, offsets)
+    check_layer(Check(op), hidden, weight)
+    if len(hidden) != where.rows:
+        raise ValueError(f"{op}: hidden must have {where.rows} rows like sampled, got {len(hidden)}")
+    tokens = _tokens(op, advantages, sampled, old_logp, where, len(weight))
+    starts, ids = tokens.entries(where, len(weight))
+    logp = linear_entry_logprob(hidden, weight, starts, token_ids=ids, temperature=temperature, backend=backend)
+    return _total(logp, tokens, where, rule or LossRule(), hidden.dtype)
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """The constants of an update: of valid tokens [N], and the candidates; then where each stands among the entries."""
+
+    ids: Tensor
+    old_logp: Tensor
+    advantage: Tensor
+    candidates: Candidates
+    place: Tensor | None = None
+
+    def entries(self, where: Layout, columns: int) -> tuple[Tensor, Tensor]:
+        """CSR offsets and token ids of sampled tokens and candidates together, each once; remembers their places."""
+        keys = [entry_rows(self.candidates) * columns + self.candidates.token_ids, where.place * columns + self.ids]
+        entries, self.place = torch.cat(keys).unique(return_inverse=True)
+        counts = torch.bincount(entries // max(columns, 1), minlength=where.rows)
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), entries % max(columns, 1)
+
+
+def _tokens(op: str, advantages: Advantages, sampled: Tensor, old_logp: Tensor, where: Layout, columns: int) -> _Tokens:
+    """Checked."""
+    if sampled.dtype != torch.int64:
+        raise TypeError(f"{op}: sampled must have dtype int64, got {str(sampled.dtype).removeprefix('torch.')}")
     _same(op, "old_logp", old_logp, sampled.shape)
     _same(op, "advantages.token", advantages.token, sampled.shape)
     if len(advantages.candidates.offsets) != where.rows + 1:
@@ -245,45 +320,41 @@ def distrl_loss(
     ids, old, value = (where.pack(t.detach()) for t in (sampled, old_logp, advantages.token))
     finite(op, "old_logp", old)
     finite(op, "advantages.token", value)
-    rows, candidates = logits.reshape(-1, logits.shape[-1]), advantages.candidates
-    if len(where.place) < where.rows:
-        candidates = select_rows(keep_rows(candidates, where), where.place)
-        rows = rows[where.place]
-    logp = token_logprob(rows, ids, temperature=temperature, backend=backend)
-    tok = _tok_ppo(logp, old.to(logp.dtype), value.to(logp.dtype), where, rule)
-    dist_loss = (
-        dist_ppo_loss(
-            rows,
-            candidates,
-            clip_low=rule.dist_clip_low,
-            clip_high=rule.dist_clip_high,
-            dual_clip=rule.dual_clip,
-            row_weight=_row_weight(candidates, where, rule.variant),
-            temperature=temperature,
-            backend=backend,
-        )
-        if rule.alpha
-        else logp.new_zeros(())
+    candidates = keep_rows(advantages.candidates, where)
+    for name, held in (("sampled", ids), ("advantages.candidates.token_ids", candidates.token_ids)):
+        outside = (held < 0) | (held >= columns)
+        if bool(outside.any()):
+            raise ValueError(f"{op}: {name} must be >= 0 and < V = {columns}, got {int(held[outside][0])}")
+    finite(op, "advantages.candidates.advantage", candidates.advantage)
+    return _Tokens(ids, old.double(), value.double(), candidates)
+
+
+def _total(entry_logp: Tensor, tokens: _Tokens, where: Layout, rule: LossRule, dtype: torch.dtype) -> DistRLLoss:
+    """Both parts from the log-probabilities of the entries, in float64."""
+    candidates = tokens.candidates
+    at = entry_logp[tokens.place]
+    split = len(candidates.token_ids)
+    new, logp = at[:split], at[split:]
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    tok = _tok_ppo(logp, tokens.old_logp, tokens.advantage, where, rule)
+    weight = _row_weight(candidates, where, rule.variant)[entry_rows(candidates)]
+    clip = Rule(rule.dist_clip_low, rule.dist_clip_high, rule.dual_clip, 1.0)
+    dist_loss = -(weight * terms(new, candidates, clip)).sum()
+    total = tok.loss + rule.alpha * dist_loss if rule.alpha else tok.loss
+    tok, dist = (
+        replace(tok, loss=tok.loss.to(result)),
+        _dist_ppo(dist_loss.to(result), new.detach(), candidates, where, rule),
     )
-    with torch.no_grad():
-        entry_logp = _entry_logp(rows, candidates, ids, logp, temperature)
-    dist = _dist_ppo(dist_loss, entry_logp, candidates, where, rule)
-    return DistRLLoss(tok.loss + rule.alpha * dist_loss, tok, dist, _reasons(where, value, candidates, rule))
+    return DistRLLoss(total.to(result), tok, dist, _reasons(where, tokens.advantage, candidates, rule))
 
 
 def _row_weight(candidates: Candidates, where: Layout, variant: str) -> Tensor:
-    """Of valid tokens [N], float64: 1 / (S T_s), or 1 / sum(pi_old) over all candidates."""
+    """Of all rows, float64: 1 / (S T_s), or 1 / sum(pi_old) over all candidates."""
     if variant == "paper":
-        return _token_weight(where, variant)
+        weight = torch.zeros(where.rows, dtype=torch.float64, device=where.place.device)
+        return weight.index_copy(0, where.place, _token_weight(where, variant))
     mass = candidates.policy_logp.double().exp().sum()
-    return (1 / mass if float(mass) else mass).expand(len(where.place))
-
-
-def _entry_logp(rows: Tensor, candidates: Candidates, ids: Tensor, logp: Tensor, temperature: float) -> Tensor:
-    """log pi_theta of every candidate [nnz], with the log-sum-exp that the sampled token's log-probability tells."""
-    lse = rows.gather(1, ids[:, None])[:, 0].double() / temperature - logp.double()
-    at = entry_rows(candidates)
-    return rows[at, candidates.token_ids].double() / temperature - lse[at]
+    return (1 / mass if float(mass) else mass).expand(where.rows)
 
 
 def _dist_ppo(loss: Tensor, new: Tensor, candidates: Candidates, where: Layout, rule: LossRule) -> DistPPO:

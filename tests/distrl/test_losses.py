@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prmfast.distrl import DistRLLoss, LossRule, distrl_loss, tok_ppo_loss
+from prmfast.distrl import DistRLLoss, LossRule, distrl_loss, linear_distrl_loss, tok_ppo_loss
 from prmfast.distrl.advantages import Advantages
 from prmfast.distrl.candidates import entry_rows
 from prmfast.ops import Candidates
@@ -167,6 +167,30 @@ def test_tok_ppo_is_dist_ppo_of_one_candidate(rule: LossRule) -> None:
     assert found.item() == pytest.approx(tok.item(), rel=1e-8)
 
 
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_linear_form_equals_the_logits_form(rule: LossRule, dtype: torch.dtype) -> None:
+    update = Update([4, 0, 9, 1], drift=0.7, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.linalg.qr(torch.randn(COLUMNS, COLUMNS, generator=generator, dtype=torch.float64))[0]
+    hidden = (update.logits.double() @ weight).to(dtype).requires_grad_()  # hidden @ layer.T = logits
+    layer = weight.to(dtype).requires_grad_()
+    where = {"sampled": update.sampled, "old_logp": update.old_logp, "offsets": update.offsets}
+    logits = hidden.double() @ layer.double().T
+    expected = distrl_loss(logits, update.advantages, rule=rule, temperature=1.3, **where)
+    found = linear_distrl_loss(hidden, layer, update.advantages, rule=rule, temperature=1.3, **where)
+    rtol = 1e-10 if dtype == torch.float64 else 1e-5
+    for name, value in expected.metrics().items():
+        assert found.metrics()[name] == pytest.approx(value, rel=rtol, abs=rtol), name
+    grads = [torch.autograd.grad(x.loss, (hidden, layer)) for x in (found, expected)]
+    for own, other in zip(*grads, strict=True):
+        torch.testing.assert_close(own, other, rtol=rtol, atol=rtol * float(other.abs().max()))
+    with pytest.raises(ValueError, match="hidden must have 14 rows like sampled, got 13"):
+        linear_distrl_loss(hidden[1:], layer, update.advantages, **where)
+    with pytest.raises(ValueError, match="weight must have width 17 like hidden, got 16"):
+        linear_distrl_loss(hidden, layer[:, 1:], update.advantages, **where)
+
+
 def test_order_of_the_batch_is_irrelevant() -> None:
     update = Update([4, 9, 1, 6])
     logits, advantages, where = update.padded(9)
@@ -289,7 +313,7 @@ def test_errors_say_name_rule_and_value() -> None:
             r"logits must have shape \(4, 'V'\) like sampled",
             {"sampled": torch.zeros(4, dtype=torch.int64), "offsets": torch.tensor([0, 4])},
         ),
-        (ValueError, "token_logprob: ids must be >= 0 and < 17", {"sampled": torch.full((5,), -100)}),
+        (ValueError, "sampled must be >= 0 and < V = 17, got -100", {"sampled": torch.full((5,), -100)}),
     ]
     for kind, message, change in cases:
         with pytest.raises(kind, match=message):
