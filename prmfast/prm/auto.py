@@ -103,7 +103,7 @@ class AutoPRM:
         tensors = Checkpoint(name, revision)
         chosen = cls.adapter(config, tensors.names, choice=adapter)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        chosen.check(config, tokenizer)
+        chosen.check(config, tokenizer)  # before the backbone is read, which may take minutes
         head = chosen.head(config, tokenizer).to(torch.float64 if dtype == torch.float64 else torch.float32)
         try:
             head.load(tensors.read(head.checkpoint_names))

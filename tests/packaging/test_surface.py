@@ -18,9 +18,20 @@ PUBLIC = sorted(
     for info in pkgutil.walk_packages(prmfast.__path__, "prmfast.")
     if not any(part.startswith("_") for part in info.name.split(".")[1:])
 )
-CURATED = tuple(
-    f"prmfast{name}" for name in ("", ".ops", ".calibration", ".distrl", ".ias", ".engines", ".prm", ".tiny")
+_NOUNS = (
+    ".ops",
+    ".calibration",
+    ".distrl",
+    ".ias",
+    ".engines",
+    ".prm",
+    ".prm.data",
+    ".prm.losses",
+    ".pipeline",
+    ".evaluation",
+    ".tiny",
 )
+CURATED = ("prmfast", *(f"prmfast{name}" for name in _NOUNS))
 
 
 @pytest.mark.parametrize("name", CURATED)

@@ -85,6 +85,15 @@ def sentencepiece(
     )
 
 
+def with_end(tokenizer: Any) -> Any:
+    """The same tokenizer, appending its end token to every text."""
+    single = f"{tokenizer.bos_token or ''} $A {tokenizer.eos_token}".strip()
+    special = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token is not None]
+    pairs = [(token, tokenizer.convert_tokens_to_ids(token)) for token in special]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
+    return tokenizer
+
+
 class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):
     """The layout of the hub's remote code: backbone, and two linear layers on its last hidden states."""
 

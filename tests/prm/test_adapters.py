@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 from prmfast.prm import MathShepherd, PRMAdapter, PRMError, QwenMathPRM, ReasonEval, ValueHeadPRM
-from tests.prm.models import CHATML, byte_level, sentencepiece
+from tests.prm.models import CHATML, byte_level, sentencepiece, with_end
 
 QUESTION = "What is 1+1?"
 QWEN, PQM = byte_level(CHATML), byte_level(("<|endoftext|>", "[PRM]"))
@@ -236,6 +236,16 @@ def test_white_space_before_the_tag_does_not_swallow_it(name: str) -> None:
     adapter, tokenizer = READERS[name]
     assert len(adapter.encode(tokenizer, "Q", []).step_positions) == 1
     assert len(adapter.encode(tokenizer, "Q", ["a ", "b  "]).step_positions) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"), [("qwen", with_end(byte_level(CHATML))), ("shepherd", with_end(sentencepiece()))]
+)
+def test_an_end_token_that_the_tokenizer_appends_is_left_out(name: str, tokenizer: Any) -> None:
+    adapter, plain = READERS[name]
+    assert tokenizer("Q")["input_ids"][-1] == tokenizer.eos_token_id
+    for steps in ([], ["a"], ["a", "b"], ["a ", "b "]):
+        assert adapter.encode(tokenizer, "Q", steps) == adapter.encode(plain, "Q", steps)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -174,7 +174,7 @@ def test_a_pytorch_file_and_shards_are_read_too(loaded: dict[str, Loaded], tmp_p
 def calibration_data(prm_id: str | None, width: int | None = 64, features: bool = True) -> CalibrationData:
     generator = torch.Generator().manual_seed(3)
     score = torch.rand(80, generator=generator)
-    columns = torch.stack([torch.from_numpy(prefix_features([s])[0]) for s in score.tolist()]).float()
+    columns = torch.cat([torch.from_numpy(prefix_features(part.tolist())) for part in score.split(4)]).float()
     return CalibrationData.from_arrays(
         score=score,
         successes=(torch.rand(80, generator=generator) < score).long(),
@@ -323,6 +323,13 @@ def test_an_ordinary_language_model_is_no_prm(tmp_path: Path) -> None:
     assert AutoPRM.from_pretrained(folder, adapter=MathShepherd("\n")).adapter.separator == "\n"
 
 
+def test_a_named_adapter_overrides_the_config(loaded: dict[str, Loaded]) -> None:
+    config = loaded["qwen"].prm.model.config
+    assert AutoPRM.adapter(config).name == "qwen2.5-math-prm"
+    assert AutoPRM.adapter(config, choice="pqm").name == "pqm"
+    assert AutoPRM.adapter(config, {"v_head.summary.weight"}, choice="reasoneval").name == "reasoneval"
+
+
 def test_the_released_reading_is_an_adapter_with_an_option(loaded: dict[str, Loaded]) -> None:
     one = loaded["reasoneval"]
     released = AutoPRM.from_pretrained(one.folder, dtype=torch.float64, adapter=ReasonEval("released"))
@@ -368,6 +375,10 @@ def test_another_models_tokenizer_is_an_error(tmp_path: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     make("pqm")[1].save_pretrained(folder)
+    from safetensors.torch import load_file, save_file
+
+    head = {name: t for name, t in load_file(folder / "model.safetensors").items() if name.startswith("score")}
+    save_file(head, folder / "model.safetensors", metadata={"format": "pt"})  # said before the backbone is read
     with pytest.raises(PRMError, match=r"tokenizer must have '<\|im_start\|>' as one token"):
         AutoPRM.from_pretrained(folder)
 

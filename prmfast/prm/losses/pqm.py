@@ -38,7 +38,7 @@ def pqm_loss(
     normalization: of eq. 10 and 12. "paper" sums t = 0, 1, ... and divides by |C|; a row without a correct step gives
     0. "released" has the term t = 0 only in rows with a wrong step and divides by |C| + [there is a wrong step].
 
-    returns: the mean over the rows that have a step, 0 with zero gradient if none has. Finite for finite scores.
+    returns: the mean over the rows that have a step, 0 with zero gradient if none has. Finite for scores within 1e37.
     What the released programs return to the last digit: `released_pqm_loss`.
     """
     check = Check("pqm_loss")
@@ -64,8 +64,9 @@ def released_pqm_loss(scores: Tensor, labels: Tensor, *, zeta: float = 4.0, vari
     Arguments and result as in `pqm_loss`; every denominator has 1e-5 more. "pqm" is eq. 10 with the released
     normalization. "first_wrong" is their ablation of eq. 12: ``zeta`` is not used, and the first wrong step is taken to
     be number |C| of the row, whatever its label, which is right for labels like 1 1 1 0 0. "theorem" is their eq. 9:
-    correct steps and prompt over H + 1, wrong steps over H and without the last column (so that padding behind the
-    last step matters), and each correct step but one of the first column counted twice in its own denominator.
+    correct steps and prompt over n + 1 for a row of n steps, wrong steps over n and without the last column (so that
+    padding behind the last step matters), and each correct step but one of the first column counted twice in its own
+    denominator.
     """
     check = Check("released_pqm_loss")
     option("released_pqm_loss: variant", variant, ("pqm", "theorem", "first_wrong"))
