@@ -76,6 +76,10 @@ class Loop:
         if config.adaptive != (quantiles is not None):
             given = "None" if quantiles is None else "a function"
             raise ValueError(f"quantiles must be given where config.adaptive is on and only there, got {given}")
+        if reward_model is not None and config.reward == "none":
+            raise ValueError("reward_model must be None where config.reward is 'none', got a model")
+        if reference is not None and (config.reward == "none" or config.reference != "fixed"):
+            raise ValueError("reference must be None where config.reference is not 'fixed', got a model")
         self.quantiles = quantiles
         self.policy, self.engine, self.questions, self.reward, self.config = policy, engine, questions, reward, config
         self.device, self.step, self.history = device, 0, list[dict[str, Any]]()

@@ -360,6 +360,10 @@ def test_configurations_are_checked(world: TinyWorld) -> None:
         with pytest.raises(ValueError, match=message):
             LoopConfig(**change)  # type: ignore[arg-type]
     assert LoopConfig.grpo(loss=LossRule(alpha=0.0, clip_high=0.2)).loss.clip_high == 0.2
+    policy = TinyLearner(world.policy)
+    for name, config in (("reward_model", LoopConfig.grpo(prompts=1)), ("reference", LoopConfig(prompts=1))):
+        with pytest.raises(ValueError, match=f"{name} must be None where config"):
+            Loop(policy, policy.engine, ["x"], world.verify, config=config, **{name: policy})
     with pytest.raises(ValueError, match=r"questions must be at least 64 \(prompts \* oversample\), got 1"):
         make(world, ["x"], LoopConfig.grpo(oversample=2.0))
 
