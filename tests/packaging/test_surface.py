@@ -75,7 +75,12 @@ def own_members(module: object, name: str) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_everything_public_has_a_docstring(name: str) -> None:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "vllm":
+            raise
+        pytest.skip("runs inside vLLM, which is not installed here")
     assert module.__doc__
     bare = []
     for path, member in own_members(module, name):
