@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -21,10 +22,14 @@ def test_tables_are_made_from_the_results() -> None:
 @pytest.mark.slow
 def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    on_vllm = [block for block in blocks if "prmfast.vllm" in block]  # large models on a GPU: its imports only
+    assert (len(blocks), len(on_vllm)) == (4, 1)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+        tree = ast.parse(block)
+        if block in on_vllm:
+            tree.body = [line for line in tree.body if isinstance(line, ast.ImportFrom)]
+        exec(compile(tree, str(README), "exec"), names)
     assert {path.name for path in (tmp_path / "my-calibrator").iterdir()} == {"config.json", "model.safetensors"}
     assert "first estimate" in capsys.readouterr().out
