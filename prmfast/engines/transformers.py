@@ -80,9 +80,36 @@ class TransformersEngine:
             )
             for i, (new, finished, stop) in zip(batch, self._generate(starts, keys), strict=True):
                 ids = tuple(answers[i] + new)
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                done[i] = Completion(prompts[i], seeds[i], text, ids, len(new), finished, stop)
+                done[i] = Completion(prompts[i], seeds[i], self.text(ids), ids, len(new), finished, stop)
         return [done[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def logprobs(self, prompts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Natural log-probability, at temperature 1, of each token of an answer behind its prompt.
+
+        ``token_ids`` as in `Completion.token_ids`; one forward pass an answer, so no answer depends on another.
+        ValueError for unequal lengths and an empty prompt.
+        """
+        from prmfast.ops import token_logprob
+
+        if len(token_ids) != len(prompts):
+            raise ValueError(f"token_ids must have one entry per prompt ({len(prompts)}), got {len(token_ids)}")
+        found: list[list[float]] = []
+        for i, (prompt, answer) in enumerate(zip(prompts, token_ids, strict=True)):
+            start = self._encode(prompt, special=True)
+            if not start:
+                raise ValueError(f"prompts[{i}] must have at least one token, got none")
+            if not answer:
+                found.append([])
+                continue
+            ids = torch.tensor([[*start, *answer]], device=self.model.device)
+            logits = self.model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1]
+            found.append(token_logprob(logits, ids[0, len(start) :]).tolist())
+        return found
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of the first tokens of an answer, as in `Completion.text`."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text else []

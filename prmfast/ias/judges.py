@@ -6,12 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from prmfast.calibration.data import CalibrationData
-from prmfast.calibration.features import FEATURE_NAMES, prefix_features, question_features
+from prmfast.calibration.judging import quantiles, step_features
 from prmfast.engines.base import Judge, Scorer, StepScores
 from prmfast.ias._check import whole
 
@@ -44,10 +42,9 @@ class ScorerJudge:
         found = dict(zip(empty, self.first([questions[i] for i in empty]), strict=True))
         asked, texts = [questions[i] for i, _ in written], [answer for _, answer in written]
         steps = self.scores(asked, texts)
-        for (i, _), scores, quantiles in zip(
-            written, steps, self._quantiles_of_steps(asked, texts, steps), strict=True
-        ):
-            found[i] = StepScores(scores, quantiles)
+        levels = self._quantiles_of_steps(asked, texts, steps)
+        for (i, _), scores, rows in zip(written, steps, levels, strict=True):
+            found[i] = StepScores(scores, rows)
         return [found[i] for i in range(len(questions))]
 
     def first(self, questions: Sequence[str]) -> list[StepScores]:
@@ -56,9 +53,8 @@ class ScorerJudge:
             return []
         score, hidden = self.scorer.question_state(questions)
         score = score.detach().float().cpu()
-        features = torch.from_numpy(question_features(score.double().numpy()))
-        quantiles = self._quantiles(score, hidden, features)
-        rows: Sequence[Tensor | None] = [None] * len(questions) if quantiles is None else list(quantiles[:, None])
+        found = self._quantiles(score, hidden, step_features(score.double().tolist(), empty=True))
+        rows: Sequence[Tensor | None] = [None] * len(questions) if found is None else list(found[:, None])
         return [StepScores((value,), row) for value, row in zip(score.tolist(), rows, strict=True)]
 
     def scores(self, questions: Sequence[str], answers: Sequence[str]) -> list[tuple[float, ...]]:
@@ -77,10 +73,10 @@ class ScorerJudge:
         if self.calibrator is not None and kept:
             states = self.scorer.features([questions[i] for i in kept], [[answers[i]] for i in kept])
             hidden = torch.stack([state[0][-1] for state in states])
-            features = torch.stack([torch.from_numpy(prefix_features(scores[i])[-1]) for i in kept])
-            quantiles = self._quantiles(torch.tensor([scores[i][-1] for i in kept]), hidden, features)
-            assert quantiles is not None
-            for i, row in zip(kept, quantiles[:, None], strict=True):
+            features = torch.stack([step_features(scores[i])[-1] for i in kept])
+            found = self._quantiles(torch.tensor([scores[i][-1] for i in kept]), hidden, features)
+            assert found is not None
+            for i, row in zip(kept, found[:, None], strict=True):
                 rows[i] = row
         return [StepScores(steps, row) for steps, row in zip(scores, rows, strict=True)]
 
@@ -92,25 +88,15 @@ class ScorerJudge:
             return [None if self.calibrator is None else torch.empty(0, self.levels)] * len(scores)
         states = self.scorer.features(questions, [[answer] for answer in answers])
         hidden = torch.cat([state[0] for state in states])
-        features = torch.from_numpy(np.concatenate([prefix_features(steps) for steps in scores]))
+        features = torch.cat([step_features(steps) for steps in scores])
         flat = torch.tensor([score for steps in scores for score in steps])
-        quantiles = self._quantiles(flat, hidden, features)
-        assert quantiles is not None
-        return list(quantiles.split(counts))
+        found = self._quantiles(flat, hidden, features)
+        assert found is not None
+        return list(found.split(counts))
 
     def _quantiles(self, score: Tensor, hidden: Tensor, features: Tensor) -> Tensor | None:
         """Quantiles [B, M] on the CPU."""
-        if self.calibrator is None:
-            return None
-        data = CalibrationData.from_arrays(
-            score=score,
-            successes=torch.zeros(len(score), dtype=torch.int64),
-            hidden=hidden.detach().float().cpu(),
-            features=features.float(),
-            feature_names=FEATURE_NAMES,
-        )
-        levels = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
-        return self.calibrator.quantile(data, levels.float()).cpu()
+        return None if self.calibrator is None else quantiles(self.calibrator, score, hidden, features, self.levels)
 
 
 class BatchingJudge:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from prmfast._threads import one_thread
 from prmfast.engines.base import Completion, check_sample_inputs
 from prmfast.engines.random import sample_keys, text_key
 from prmfast.tiny.decoder import MAX_LENGTH, Decoder
+from prmfast.tiny.policy import forward
 from prmfast.tiny.task import PAD_ID, QUESTION_LENGTH, TOKEN_ID, UNK_ID, decode, encode, parse_question
 
 
@@ -66,6 +68,32 @@ class TinyEngine:
                 strict=True,
             )
         ]
+
+    @one_thread()
+    @torch.no_grad()
+    def logprobs(self, prompts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Natural log-probability, at temperature 1, of each token of an answer behind its prompt.
+
+        Padding and unknown tokens are never drawn: the others share their probability. ValueError for unequal lengths.
+        """
+        if len(token_ids) != len(prompts):
+            raise ValueError(f"token_ids must have one entry per prompt ({len(prompts)}), got {len(token_ids)}")
+        found: list[list[float]] = []
+        rows = list(zip(prompts, token_ids, strict=True))
+        for at in range(0, len(rows), self.decoder.batch_size):
+            part = rows[at : at + self.decoder.batch_size]
+            ids = torch.full((len(part), MAX_LENGTH), PAD_ID)
+            for row, (prompt, answer) in zip(ids, part, strict=True):
+                row[: QUESTION_LENGTH + len(answer)] = torch.tensor([*parse_question(prompt), *answer])
+            logits = forward(self.decoder.policy, ids[:, :-1], start=QUESTION_LENGTH - 1)[1]
+            logits[..., [PAD_ID, UNK_ID]] = -torch.inf
+            values = logits.log_softmax(-1).gather(-1, ids[:, QUESTION_LENGTH:, None])[..., 0].tolist()
+            found += [row[: len(answer)] for row, (_, answer) in zip(values, part, strict=True)]
+        return found
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of the first tokens of an answer, with the space behind the last of them."""
+        return decode(token_ids) + " "
 
 
 def _stop_words(stop: Sequence[str]) -> dict[int, str]:

@@ -21,6 +21,13 @@ ARCHITECTURES = {
     "pqm": "PrmfastPQM",
 }
 """Architecture by adapter. Registered adapters of one's own run under `OTHER`, named in the settings."""
+BACKBONES = {
+    "qwen2": "vllm.model_executor.models.qwen2.Qwen2Model",
+    "qwen3": "vllm.model_executor.models.qwen3.Qwen3Model",
+    "llama": "vllm.model_executor.models.llama.LlamaModel",
+    "mistral": "vllm.model_executor.models.mistral.MistralModel",
+}
+"""Decoder without head by the config's model_type; all of them name their weights ``model.*``."""
 OTHER = "PrmfastStepRewardModel"
 IO_PROCESSOR = "prmfast"
 
@@ -58,6 +65,7 @@ def prm_engine_args(
     from transformers import AutoConfig, AutoTokenizer
     from vllm.config import PoolerConfig
 
+    from prmfast.prm.adapter import PRMError
     from prmfast.prm.auto import AutoPRM, Checkpoint
     from prmfast.vllm.estimates import load_checked
 
@@ -66,6 +74,11 @@ def prm_engine_args(
     chosen = AutoPRM.adapter(config, Checkpoint(name, revision).names, choice=adapter)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     chosen.check(config, tokenizer)
+    if config.model_type not in BACKBONES:
+        raise PRMError(
+            f"{name}: config.model_type must be one of {', '.join(BACKBONES)} for a PRM on vLLM, got "
+            f"{config.model_type!r}; AutoPRM.from_pretrained reads it with transformers"
+        )
     artifacts = {"default": calibrator} if isinstance(calibrator, (str, os.PathLike)) else dict(calibrator or {})
     given: dict[str, Any] = {
         "adapter": chosen.name,
@@ -92,10 +105,10 @@ def prm_engine_args(
 
 
 def prm_server_args(model: str | os.PathLike[str], **options: Any) -> list[str]:
-    """Command-line arguments of ``vllm serve`` (``python -m vllm.entrypoints.openai.api_server``) for a PRM.
+    """Command-line arguments of ``python -m vllm.entrypoints.openai.api_server`` for a PRM.
 
-    ``options`` as in `prm_engine_args`; ``[name, "--runner", "pooling", ...]``, ready for ``subprocess`` or
-    ``shlex.join``.
+    Options as in `prm_engine_args`. ``["--model", name, "--runner", "pooling", ...]``; ``vllm serve`` takes the same
+    without the first word.
     """
     arguments = prm_engine_args(model, **options)
     out = ["--model", arguments.pop("model")]

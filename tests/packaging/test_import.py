@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-OPTIONAL = ("triton", "sklearn", "scipy", "matplotlib", "jinja2", "pyarrow", "transformers", "prmfast._C")
+OPTIONAL = ("triton", "sklearn", "scipy", "matplotlib", "jinja2", "pyarrow", "transformers", "vllm", "prmfast._C")
 # CPU seconds, not wall seconds: another process on the machine must not decide the result
 MEASURE = """
 import json, sys, time
@@ -31,7 +31,10 @@ def test_import_takes_less_than_a_second_and_a_half_beyond_torch() -> None:
     assert min(measure("import prmfast")[0] for _ in range(3)) < 1.5
 
 
-@pytest.mark.parametrize("names", ["prmfast", "prmfast.ops", "prmfast.calibration, prmfast.ias, prmfast.engines"])
+@pytest.mark.parametrize(
+    "names",
+    ["prmfast", "prmfast.ops", "prmfast.calibration, prmfast.ias, prmfast.engines", "prmfast.prm, prmfast.vllm"],
+)
 def test_import_loads_nothing_optional(names: str) -> None:
     _, modules = measure(f"import {names}")
     assert set(names.split(", ")) <= modules
