@@ -21,8 +21,9 @@ from prmfast.distrl.candidates import (
     sampled_td,
     without_last_token,
 )
+from prmfast.distrl.config import LoopConfig
 from prmfast.distrl.filtering import Kept, filter_and_downsample, mixed_outcomes, prompt_pairs
-from prmfast.distrl.loop import Loop, LoopConfig
+from prmfast.distrl.loop import Loop
 from prmfast.distrl.losses import DistPPO, DistRLLoss, LossRule, TokPPO, distrl_loss, linear_distrl_loss, tok_ppo_loss
 from prmfast.distrl.models import HuggingFaceModel, LanguageModel, Outputs
 from prmfast.distrl.penalties import suffix_geometric_mean, suffix_mean, suffix_sum, topk_kl_penalty

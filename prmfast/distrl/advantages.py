@@ -195,6 +195,8 @@ def distrl_advantages(
     reasons = _about_outcomes(outcome, index, groups)
     sigma, spread = _sigma_v(where.prefix_sums(packed))
     scale = (sigma + _TD_EPS if rule.variant == "paper" else max(sigma, _OUTCOME_FLOOR)) if spread else math.inf
+    if rule.variant == "released" and len(packed) == 1:
+        scale, spread = 1.0, True
     kept = keep_rows(candidates, where)
     kept = kept._replace(advantage=(kept.advantage.double() / scale).to(kept.advantage.dtype))
     if rule.variant == "paper":

@@ -11,25 +11,39 @@ _OUTCOMES = (*FLOATS, torch.bool, torch.int64, torch.int32)
 
 
 def td_outcome_correlation(
-    td: Tensor, outcome: Tensor, *, mask: Tensor | None = None, offsets: Tensor | None = None
+    td: Tensor,
+    outcome: Tensor,
+    *,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    level: str = "sequence",
 ) -> float | None:
-    """Pearson correlation over sequences of their mean TD (the final prefix value v_T up to beta) with the outcome.
+    """Pearson correlation of TD with the outcome of the sequence it stands in.
+
+    Over sequences, of their mean TD (the final prefix value v_T), or over tokens, of TD itself.
 
     Args:
         td: [B, T], or [N] with ``offsets``.
         outcome: [S]; sequences whose outcome is NaN or infinite, and those without a valid token, are left out.
         mask: bool [B, T]; None: all valid.
         offsets: int64 [S + 1].
+        level: "sequence" | "token".
 
     Returns:
-        In [-1, 1]; None where there is none: fewer than two sequences, or one side that does not vary.
+        In [-1, 1]; None where there is none: fewer than two of them, or one side that does not vary.
     """
     op = "td_outcome_correlation"
     where = layout(op, "td", td, mask, offsets)
     per_sequence(op, "outcome", outcome, where.sequences, _OUTCOMES)
     known = outcome.isfinite() & (where.count > 0)
-    mean = where.sums(where.pack(td.detach()).double())[known] / where.count[known]
-    sides = torch.stack([mean, outcome[known].double()])
+    if level not in ("sequence", "token"):
+        raise ValueError(f"{op}: level must be 'sequence' or 'token', got {level!r}")
+    packed = where.pack(td.detach()).double()
+    if level == "sequence":
+        sides = torch.stack([where.sums(packed)[known] / where.count[known], outcome[known].double()])
+    else:
+        here = known[where.sequence]
+        sides = torch.stack([packed[here], outcome.double()[where.sequence][here]])
     sides = sides - sides.mean(1, keepdim=True) if sides.shape[1] else sides
     norms = sides.norm(dim=1)
     if not bool((norms > 1e-12).all()):
@@ -40,12 +54,12 @@ def td_outcome_correlation(
 def pairwise_accuracy(score: Tensor, outcome: Tensor, *, group: Tensor) -> float:
     """Share of pairs of one prompt with different outcomes whose scores stand in the same order; mean over prompts.
 
-    A prompt without such a pair counts 1/2. Of two equal scores the later sequence counts as not the higher one, as the
-    released program of [V] has it.
+    Pairs weigh by the difference of their outcomes. A prompt without such a pair counts 1/2. Of two equal scores the
+    earlier sequence's counts as the lower one, as the released program of [V] has it.
 
     Args:
         score: [S], the sum of a sequence's token scores.
-        outcome: [S], 0 or 1.
+        outcome: [S].
         group: int64 [S].
 
     Returns:
@@ -60,9 +74,10 @@ def pairwise_accuracy(score: Tensor, outcome: Tensor, *, group: Tensor) -> float
         mine = index == g
         s, r = score[mine].double(), outcome[mine].double()
         first, second = torch.triu_indices(len(s), len(s), offset=1, device=s.device)
-        differ = r[first] != r[second]
-        right = ((s[second] > s[first]) == (r[second] > r[first]))[differ].double()
-        shares.append(float(right.mean()) if len(right) else 0.5)
+        gap = r[first] - r[second]
+        right = (s[first] > s[second]) == (gap > 0)
+        total = float(gap.abs().sum())
+        shares.append(float((right * gap.abs()).sum()) / total if total else 0.5)
     return sum(shares) / len(shares) if shares else 0.5
 
 

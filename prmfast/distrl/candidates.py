@@ -11,6 +11,9 @@ from prmfast.distrl._ragged import Layout, layout
 from prmfast.kernels.candidate_td.reference import TOUCH
 from prmfast.ops import Candidates
 
+_NO_BOUND = 1e-5
+"""A smallest probability, or a distance of top_p from 1, up to here is no bound in the released program."""
+
 
 def entry_rows(candidates: Candidates) -> Tensor:
     """The row of every entry, int64 [nnz]."""
@@ -141,6 +144,7 @@ def released_candidates(
     offsets: Tensor | None = None,
     p_min: float = 0.1,
     top_k: int | None = None,
+    top_p: float = 1.0,
 ) -> Candidates:
     """The set of the released program: p > p_min strictly or sampled, nothing at the last token of a sequence.
 
@@ -149,8 +153,9 @@ def released_candidates(
         sampled: int64 [B, T], or [N] with ``offsets``.
         mask: bool [B, T]; None: all valid.
         offsets: int64 [S + 1] of packed sequences.
-        p_min: in (0, 1].
+        p_min: in [0, 1]; up to 1e-5 there is no such bound.
         top_k: at most so many of a row: the sampled token and the likeliest others; None: no such bound.
+        top_p: in (0, 1]: of those, the likeliest one, and the following as long as they hold at most top_p together.
 
     Returns:
         Candidates of as many rows. The program gives the last token no TD either: `without_last_token`.
@@ -160,8 +165,10 @@ def released_candidates(
     """
     op = "released_candidates"
     where = layout(op, "sampled", sampled, mask, offsets)
-    if not 0 < p_min <= 1:
-        raise ValueError(f"{op}: p_min must be > 0 and <= 1, got {p_min}")
+    if not 0 <= p_min <= 1:
+        raise ValueError(f"{op}: p_min must be >= 0 and <= 1, got {p_min}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"{op}: top_p must be > 0 and <= 1, got {top_p}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"{op}: top_k must be >= 1 or None, got {top_k}")
     if len(candidates.offsets) != where.rows + 1:
@@ -169,16 +176,36 @@ def released_candidates(
     inner = torch.zeros(where.rows, dtype=torch.bool, device=where.place.device)
     inner[where.place] = True
     inner[where.place[where.ends]] = False
-    rows, mine = entry_rows(candidates), sampled_entries(candidates, sampled)
-    keep = inner[rows] & (mine | (candidates.policy_logp.exp() > p_min))
+    candidates = select(candidates, inner[entry_rows(candidates)])
     if top_k is not None:
-        rank_by = torch.where(mine, math.inf, candidates.policy_logp.double())
-        order = rank_by.argsort(descending=True, stable=True)
-        order = order[rows[order].argsort(stable=True)]
-        place = torch.empty_like(rows)
-        place[order] = torch.arange(len(rows), device=rows.device) - candidates.offsets[rows[order]]
-        keep &= place < top_k
-    return select(candidates, keep)
+        first = torch.where(sampled_entries(candidates, sampled), math.inf, candidates.policy_logp.double())
+        candidates = select(candidates, _places(candidates, first) < top_k)
+    probability = candidates.policy_logp.double().exp()
+    keep = probability > (p_min if p_min > _NO_BOUND else -1.0)
+    if 1 - top_p > _NO_BOUND:
+        keep &= _mass_up_to(candidates, probability) <= top_p
+    return select(candidates, keep | sampled_entries(candidates, sampled))
+
+
+def _descending(candidates: Candidates, rank_by: Tensor) -> Tensor:
+    """The entries row by row, those with the largest ``rank_by`` [nnz] first, int64 [nnz]."""
+    order = rank_by.argsort(descending=True, stable=True)
+    return order[entry_rows(candidates)[order].argsort(stable=True)]
+
+
+def _places(candidates: Candidates, rank_by: Tensor) -> Tensor:
+    """The place of every entry in its row, 0 for the largest ``rank_by``, int64 [nnz]."""
+    order, rows = _descending(candidates, rank_by), entry_rows(candidates)
+    counted = torch.arange(len(rows), device=rows.device) - candidates.offsets[:-1][rows[order]]
+    return torch.empty_like(rows).index_copy(0, order, counted)
+
+
+def _mass_up_to(candidates: Candidates, probability: Tensor) -> Tensor:
+    """Probability of an entry and of the likelier ones of its row, 0 for the likeliest itself, float64 [nnz]."""
+    order, count = _descending(candidates, probability), candidates.offsets.diff()
+    where = Layout(tuple(order.shape), order, entry_rows(candidates), count)
+    mass = where.unpack(where.prefix_sums(probability[order]))
+    return torch.where(_places(candidates, probability) == 0, 0.0, mass)
 
 
 def without_last_token(td: Tensor, *, mask: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:

@@ -124,7 +124,7 @@ def prompt_pairs(outcome: Tensor, group: Tensor, *, rank: Tensor | None = None) 
     """Pairs (chosen, rejected) of one prompt: its i-th correct with its i-th wrong sequence.
 
     Args:
-        outcome: [S]; > 1/2 is correct. NaN is in no pair.
+        outcome: [S]; > 1/2 is correct, < 1/2 wrong. NaN is in no pair.
         group: int64 [S] prompt ids.
         rank: int64 [S], the order within a prompt; None: as they come.
 
@@ -142,7 +142,7 @@ def prompt_pairs(outcome: Tensor, group: Tensor, *, rank: Tensor | None = None) 
     chosen, rejected = [], []
     for g in range(groups):
         mine = index[order] == g
-        right, wrong = order[mine & (value > 0.5)], order[mine & (value <= 0.5)]
+        right, wrong = order[mine & (value > 0.5)], order[mine & (value < 0.5)]
         pairs = min(len(right), len(wrong))
         chosen.append(right[:pairs])
         rejected.append(wrong[:pairs])

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,115 +24,21 @@ from torch import Tensor
 
 from prmfast._files import atomic_path
 from prmfast._progress import progress as progress_bar
-from prmfast.distrl.advantages import AdvantageRule, Advantages, distrl_advantages, outcome_advantages
+from prmfast.distrl.advantages import Advantages, distrl_advantages, outcome_advantages
 from prmfast.distrl.analysis import pairwise_accuracy, sign_accuracy, td_outcome_correlation
 from prmfast.distrl.candidates import likely, released_candidates, sampled_logp, sampled_td, without_last_token
-from prmfast.distrl.losses import LossRule
-from prmfast.distrl.models import LanguageModel, Outputs
+from prmfast.distrl.config import LoopConfig
+from prmfast.distrl.losses import DistRLLoss
+from prmfast.distrl.models import LanguageModel, Outputs, collect, descend
 from prmfast.distrl.phases import Phases
 from prmfast.distrl.rollouts import Reward, Rollouts, choose, draw
 from prmfast.engines.base import Engine
+from prmfast.ops import ias_allocate
 from prmfast.prm.losses import implicit_prm_loss, online_ipvrm_loss, online_terms
 
 logger = logging.getLogger("prmfast.distrl")
 
 CHECKPOINT_NAME = "distrl.pt"
-
-
-@dataclass(frozen=True, slots=True)
-class LoopConfig:
-    """One method with its sizes.
-
-    prompts, samples: prompts of a step and answers of each. oversample: how many times as many prompts are drawn, those
-    that teach being kept; mixed_only keeps no others. seed: of prompts and answers.
-    reward: "none" | "ipvrm" | "implicit", the online reward model. reference: what its log-ratio is taken against,
-    "behaviour" (the policy that sampled) or "fixed" (the policy at the start). beta, margin, adb, dlw: of its loss
-    (`online_ipvrm_loss`, or `implicit_prm_loss` with the terms of `online_terms`); beta scales TD too. reward_variant:
-    "paper" | "released".
-    p_min: of candidates. baseline: outcomes are normalised over the "prompt" or over the whole "batch".
-    advantage, loss: `AdvantageRule` and `LossRule`; updates: policy updates a step; rates of AdamW; temperature of
-    sampling. max_norm: of each gradient.
-    """
-
-    prompts: int = 32
-    samples: int = 8
-    oversample: float = 1.0
-    mixed_only: bool = False
-    seed: int = 0
-    reward: str = "ipvrm"
-    reference: str = "behaviour"
-    beta: float = 10.0
-    margin: float = 5.0
-    adb: bool = True
-    dlw: bool = True
-    reward_variant: str = "paper"
-    p_min: float = 0.1
-    baseline: str = "prompt"
-    advantage: AdvantageRule = field(default_factory=AdvantageRule)
-    loss: LossRule = field(default_factory=LossRule)
-    updates: int = 1
-    policy_rate: float = 1e-6
-    reward_rate: float = 1e-6
-    temperature: float = 1.0
-    max_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("reward", ("none", "ipvrm", "implicit")),
-            ("reference", ("behaviour", "fixed")),
-            ("reward_variant", ("paper", "released")),
-            ("baseline", ("prompt", "batch")),
-        ):
-            if getattr(self, name) not in allowed:
-                listed = " or ".join(repr(one) for one in allowed)
-                raise ValueError(f"{name} must be {listed}, got {getattr(self, name)!r}")
-        for name in ("prompts", "samples", "updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("beta", "policy_rate", "reward_rate", "temperature", "max_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
-        if not 1 <= self.oversample < math.inf:
-            raise ValueError(f"oversample must be >= 1 and finite, got {self.oversample}")
-        if self.reward == "none" and self.loss.alpha:
-            raise ValueError(f"loss.alpha must be 0 where reward is 'none', got {self.loss.alpha}")
-
-    @classmethod
-    def distrl_ipvrm(cls, **changes: Any) -> LoopConfig:
-        """The paper's method: IPVRM with ADB and DLW, token and distribution-level updates."""
-        return cls(**changes)
-
-    @classmethod
-    def distrl_released(cls, **changes: Any) -> LoopConfig:
-        """What the released program computes under that name: its advantages, losses, sets and online weights."""
-        rules = {"advantage": AdvantageRule.released(), "loss": LossRule.released()}
-        return replace(cls(reward_variant="released", **rules), **changes)  # type: ignore[arg-type]
-
-    @classmethod
-    def distrl_implicit(cls, **changes: Any) -> LoopConfig:
-        """The same with an implicit PRM, trained on whole answers (beta 0.05, no margin)."""
-        return replace(cls(reward="implicit", beta=0.05, margin=0.0, adb=False, dlw=False), **changes)
-
-    @classmethod
-    def grpo_ipvrm(cls, **changes: Any) -> LoopConfig:
-        """Outcome and TD advantages of the sampled tokens, no distribution-level term."""
-        return replace(cls(loss=LossRule(alpha=0.0)), **changes)
-
-    @classmethod
-    def prime(cls, **changes: Any) -> LoopConfig:
-        """PRIME-style: implicit PRM against the fixed reference, Monte-Carlo token rewards, no candidates."""
-        plain = cls.distrl_implicit(reference="fixed", loss=LossRule(alpha=0.0))
-        return replace(plain, **changes)
-
-    @classmethod
-    def grpo(cls, **changes: Any) -> LoopConfig:
-        """Group-normalised outcomes, clip 1 - 0.20 .. 1 + 0.28, no reward model."""
-        return replace(cls(reward="none", loss=LossRule(alpha=0.0)), **changes)
-
-    @classmethod
-    def reinforce(cls, **changes: Any) -> LoopConfig:
-        """Outcomes normalised over the whole batch, one update of a batch (where no ratio is clipped)."""
-        return replace(cls.grpo(baseline="batch"), **changes)
 
 
 class Loop:
@@ -146,6 +52,8 @@ class Loop:
         config: `LoopConfig`.
         reward_model: starts the online reward model; default: a copy of the policy. Trained in place.
         reference: of ``config.reference="fixed"``; default: a copy of the policy.
+        quantiles: with ``config.adaptive``, what a calibrator says of prompts: quantiles [B, M] of the probability that
+            an answer is correct; `ias_allocate` spreads the answers of a step by them.
         device: where the models stand, for the memory measurement and packed tokens.
     """
 
@@ -159,11 +67,20 @@ class Loop:
         config: LoopConfig,
         reward_model: LanguageModel | None = None,
         reference: LanguageModel | None = None,
+        quantiles: Callable[[Sequence[str]], Tensor] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.drawn = math.ceil(config.prompts * config.oversample)
         if len(questions) < self.drawn:
             raise ValueError(f"questions must be at least {self.drawn} (prompts * oversample), got {len(questions)}")
+        if config.adaptive != (quantiles is not None):
+            given = "None" if quantiles is None else "a function"
+            raise ValueError(f"quantiles must be given where config.adaptive is on and only there, got {given}")
+        if reward_model is not None and config.reward == "none":
+            raise ValueError("reward_model must be None where config.reward is 'none', got a model")
+        if reference is not None and (config.reward == "none" or config.reference != "fixed"):
+            raise ValueError("reference must be None where config.reference is not 'fixed', got a model")
+        self.quantiles = quantiles
         self.policy, self.engine, self.questions, self.reward, self.config = policy, engine, questions, reward, config
         self.device, self.step, self.history = device, 0, list[dict[str, Any]]()
         self.reward_model: LanguageModel | None = None
@@ -224,9 +141,12 @@ class Loop:
         }
         if record["tokens"]:
             batch = _Batch(kept, self.device)
-            with torch.no_grad(), phases("old"):
-                old = self.policy.outputs(kept.prompts, kept.answers)
-            base = old if self.reference is None else self._reference_outputs(kept, phases)
+            with phases("old"):
+                old = self._outputs(self.policy, kept)
+            base = old
+            if self.reference is not None:
+                with phases("reference"):
+                    base = self._outputs(self.reference, kept)
             if self.reward_model is not None:
                 with phases("reward"):
                     record |= self._update_reward(batch, base)
@@ -250,43 +170,47 @@ class Loop:
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
         picked = torch.randperm(len(self.questions), generator=generator)[: self.drawn].tolist()
         first = int(torch.randint(0, 2**40, (), generator=generator)) * 2**20
-        seeds = range(first, first + self.config.samples)
-        return draw(self.engine(), [self.questions[i] for i in picked], seeds, self.reward)
+        prompts, config = [self.questions[i] for i in picked], self.config
+        counts = [config.samples] * len(prompts)
+        if self.quantiles is not None:
+            total, most = config.prompts * config.samples, config.max_samples
+            counts = ias_allocate(self.quantiles(prompts), total, most, n_min=config.min_samples).tolist()
+        return draw(self.engine(), prompts, counts, self.reward, first_seed=first)
 
-    def _reference_outputs(self, kept: Rollouts, phases: Phases) -> Outputs:
-        assert self.reference is not None
-        with torch.no_grad(), phases("reference"):
-            return self.reference.outputs(kept.prompts, kept.answers)
+    def _outputs(self, model: LanguageModel, rollouts: Rollouts) -> Outputs:
+        return collect(model, rollouts.prompts, rollouts.answers, self.config.answers_per_pass)
 
     def _update_reward(self, batch: _Batch, base: Outputs) -> dict[str, Any]:
         """One step of the reward model on answers with a known outcome; its accuracy before the step."""
         assert self.reward_model is not None
         config, known = self.config, batch.outcome.isfinite()
-        phi = self.reward_model.outputs(batch.rollouts.prompts, batch.rollouts.answers)
         temperature = config.temperature if self.reference is None else 1.0  # the behaviour policy is what sampled
         with torch.no_grad():
             base_logp = base.logprob(batch.ids, temperature=temperature)
-        ratio = phi.logprob(batch.ids) - base_logp
-        table, mask = batch.padded(ratio), batch.mask
-        labels, groups, table, mask = batch.outcome[known], batch.rollouts.group[known.cpu()], table[known], mask[known]
+        labels, groups, mask = batch.outcome[known], batch.group[known], batch.mask[known]
         if not len(labels):
             return {"rm_loss": 0.0}
-        groups = groups.to(labels.device)
+        record: dict[str, Any] = {}
+
+        def loss_of(phi: Outputs) -> Tensor:
+            table = batch.padded(phi.logprob(batch.ids) - base_logp)[known]
+            score = torch.where(mask, table.detach(), 0.0).sum(1)
+            record["rm_pairwise_accuracy"] = pairwise_accuracy(score, labels, group=groups)
+            record["rm_sign_accuracy"] = sign_accuracy(score, labels)
+            return self._reward_loss(table, labels, groups, mask)
+
+        record["rm_loss"], _ = self._descend("reward", self.reward_model, batch, loss_of)
+        return record
+
+    def _reward_loss(self, table: Tensor, labels: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
+        """Of log-ratios [S, T]."""
+        config = self.config
+        shape: dict[str, Any] = {"margin": config.margin, "adb": config.adb, "dlw": config.dlw}
+        shape["variant"] = config.reward_variant
         if config.reward == "ipvrm":
-            shape = {"beta": config.beta, "margin": config.margin, "adb": config.adb, "dlw": config.dlw}
-            loss = online_ipvrm_loss(table, labels, groups, mask=mask, variant=config.reward_variant, **shape)  # type: ignore[arg-type]
-        else:
-            terms = online_terms(labels, groups, margin=config.margin, adb=config.adb, dlw=config.dlw)
-            loss = implicit_prm_loss(
-                table, labels, mask=mask, beta=config.beta, margin=terms.margin, weight=terms.weight
-            )
-        self._descend("reward", loss, self.reward_model)
-        score = torch.where(mask, table.detach(), 0.0).sum(1)
-        return {
-            "rm_loss": loss.item(),
-            "rm_pairwise_accuracy": pairwise_accuracy(score, labels, group=groups),
-            "rm_sign_accuracy": sign_accuracy(score, labels),
-        }
+            return online_ipvrm_loss(table, labels, groups, mask=mask, beta=config.beta, **shape)
+        terms = online_terms(labels, groups, **shape)
+        return implicit_prm_loss(table, labels, mask=mask, beta=config.beta, margin=terms.margin, weight=terms.weight)
 
     @torch.no_grad()
     def _advantages(
@@ -294,13 +218,11 @@ class Loop:
     ) -> tuple[Advantages, Tensor, dict[str, float | None]]:
         """Advantages, log pi_old of the sampled tokens, and what was measured on the way."""
         config, offsets = self.config, batch.offsets
-        group = batch.rollouts.group.to(batch.outcome.device)
-        if config.baseline == "batch":
-            group = torch.zeros_like(group)
+        group = torch.zeros_like(batch.group) if config.baseline == "batch" else batch.group
         if self.reward_model is None:
             logp = old.logprob(batch.ids, temperature=config.temperature)
             return outcome_advantages(batch.outcome, group=group, offsets=offsets), logp, {}
-        reward = self.reward_model.outputs(batch.rollouts.prompts, batch.rollouts.answers)
+        reward = self._outputs(self.reward_model, batch.rollouts)
         against_old = partial(
             old.candidates,
             sampled=batch.ids,
@@ -323,31 +245,31 @@ class Loop:
         return made, logp, {"td_outcome_correlation": correlation, "sigma_v": made.sigma_v}
 
     def _update_policy(self, batch: _Batch, advantages: Advantages, old_logp: Tensor) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for _ in range(self.config.updates):
-            found = self.policy.outputs(batch.rollouts.prompts, batch.rollouts.answers).loss(
-                advantages,
-                sampled=batch.ids,
-                old_logp=old_logp,
-                offsets=batch.offsets,
-                rule=self.config.loss,
-                temperature=self.config.temperature,
-            )
-            norm = self._descend("policy", found.loss, self.policy)
-            metrics = found.metrics() | {"gradient_norm": norm}
-        return metrics
+        found: list[DistRLLoss] = []
 
-    def _descend(self, name: str, loss: Tensor, model: LanguageModel) -> float:
-        """One step of AdamW; a gradient that is not finite leaves the weights as they are, with a logged reason."""
+        def loss_of(theta: Outputs) -> Tensor:
+            rule, temperature = self.config.loss, self.config.temperature
+            at = partial(theta.loss, sampled=batch.ids, old_logp=old_logp, offsets=batch.offsets)
+            found.append(at(advantages, rule=rule, temperature=temperature))
+            return found[-1].loss
+
+        for _ in range(self.config.updates):
+            _, norm = self._descend("policy", self.policy, batch, loss_of)
+        return found[-1].metrics() | {"gradient_norm": norm}
+
+    def _descend(
+        self, name: str, model: LanguageModel, batch: _Batch, loss_of: Callable[[Outputs], Tensor]
+    ) -> tuple[float, float]:
+        """One step of AdamW; loss and gradient norm. A gradient that is not finite moves nothing, which is logged."""
         optimizer, parameters = self._optimizers[name], list(model.parameters())
         optimizer.zero_grad()
-        loss.backward()
+        loss = descend(model, batch.rollouts.prompts, batch.rollouts.answers, loss_of, self.config.answers_per_pass)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_norm))
         if math.isfinite(norm):
             optimizer.step()
         else:
             logger.warning("the gradient norm of the %s is %s: step %d leaves it as it is", name, norm, self.step)
-        return norm
+        return loss, norm
 
     def _fingerprint(self) -> str:
         return hashlib.sha256(json.dumps([asdict(self.config), list(self.questions)]).encode()).hexdigest()
@@ -390,7 +312,7 @@ class _Batch:
     def __init__(self, rollouts: Rollouts, device: torch.device | str) -> None:
         self.rollouts = rollouts
         self.ids, self.offsets = rollouts.token_ids.to(device), rollouts.offsets.to(device)
-        self.outcome = rollouts.outcome.to(device)
+        self.outcome, self.group = rollouts.outcome.to(device), rollouts.group.to(device)
         length = self.offsets.diff()
         self.mask = torch.arange(int(length.max()), device=device) < length[:, None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -154,3 +154,52 @@ class HuggingFaceModel:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
         """Into the model."""
         return self.model.load_state_dict(state)
+
+
+def _passes(
+    prompts: Sequence[str], answers: Sequence[Sequence[int]], size: int | None
+) -> Iterator[tuple[Sequence[str], Sequence[Sequence[int]]]]:
+    """Pieces of at most ``size`` answers that have a token."""
+    step = max(len(prompts), 1) if size is None else size
+    for at in range(0, len(prompts), step):
+        piece = prompts[at : at + step], answers[at : at + step]
+        if any(map(len, piece[1])):
+            yield piece
+
+
+@torch.no_grad()
+def collect(
+    model: LanguageModel, prompts: Sequence[str], answers: Sequence[Sequence[int]], size: int | None
+) -> Outputs:
+    """``model.outputs`` in passes of ``size`` answers, without a graph; at least one answer has a token."""
+    parts = [model.outputs(*piece) for piece in _passes(prompts, answers, size)]
+    return Outputs(torch.cat([part.states for part in parts]), parts[0].weight)
+
+
+def descend(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[int]],
+    loss_of: Callable[[Outputs], Tensor],
+    size: int | None,
+) -> float:
+    """``loss_of(model.outputs(prompts, answers)).backward()`` in passes of ``size`` answers; the loss.
+
+    The loss is that of the whole batch: a first pass without a graph gives its outputs and the gradient to them, a
+    second one takes that gradient to the weights, piece by piece.
+    """
+    if size is None or len(prompts) <= size:
+        loss = loss_of(model.outputs(prompts, answers))
+        loss.backward()
+        return loss.item()
+    whole = collect(model, prompts, answers, size)
+    states = whole.states.requires_grad_()
+    loss = loss_of(Outputs(states, whole.weight))
+    loss.backward()
+    assert states.grad is not None
+    at = 0
+    for piece in _passes(prompts, answers, size):
+        part = model.outputs(*piece).states
+        part.backward(states.grad[at : at + len(part)])
+        at += len(part)
+    return loss.item()

@@ -10,7 +10,8 @@ from torch import Tensor
 from prmfast.distrl._ragged import FLOATS, layout
 
 _REST_FLOOR = 1e-5
-_MAX_LOG_RATIO = 60.0
+_MAX_LOG_RATIO = 20.0
+_MAX_PENALTY = 10.0
 
 
 def topk_kl_penalty(policy_logp: Tensor, ref_logp: Tensor, *, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def topk_kl_penalty(policy_logp: Tensor, ref_logp: Tensor, *, threshold: float =
         threshold: >= 0; a log-ratio log p - log q below it in magnitude adds nothing, in both penalties.
 
     Returns:
-        token penalty [..] (the k3 estimate) and distribution penalty [..].
+        token penalty [..] (the k3 estimate, at most 10, d taken within -20 .. 20) and distribution penalty [..].
 
     Raises:
         TypeError: not floating. ValueError: shapes that differ, no slot, threshold < 0.
@@ -40,8 +41,8 @@ def topk_kl_penalty(policy_logp: Tensor, ref_logp: Tensor, *, threshold: float =
         raise ValueError(f"{op}: policy_logp and ref_logp must have one shape [.., K], K >= 1, got {shapes}")
     if not threshold >= 0:
         raise ValueError(f"{op}: threshold must be >= 0, got {threshold}")
-    d = (ref_logp - policy_logp)[..., 0].clamp(max=_MAX_LOG_RATIO)
-    token = torch.where(d.abs() < threshold, 0.0, d.expm1() - d)
+    d = (ref_logp - policy_logp)[..., 0].clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    token = torch.where(d.abs() < threshold, 0.0, d.expm1() - d).clamp(max=_MAX_PENALTY)
     rest = [(1 - x.exp().sum(-1, keepdim=True)).clamp(min=_REST_FLOOR).log() for x in (policy_logp, ref_logp)]
     p, q = (torch.cat(pair, -1) for pair in zip((policy_logp, ref_logp), rest, strict=True))
     # a token of probability 0 adds 0, not NaN

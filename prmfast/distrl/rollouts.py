@@ -54,19 +54,19 @@ class Rollouts:
         return Rollouts(prompts, answers, self.group[index], self.outcome[index], self.finished[index])
 
 
-def draw(engine: Engine, prompts: Sequence[str], seeds: Sequence[int], reward: Reward) -> Rollouts:
-    """One answer per (prompt, seed), every prompt with all seeds, verified.
+def draw(engine: Engine, prompts: Sequence[str], counts: Sequence[int], reward: Reward, *, first_seed: int) -> Rollouts:
+    """``counts[i]`` answers of prompt i with the seeds first_seed, first_seed + 1, ..., verified.
 
     Raises:
         ValueError: a reward that is infinite, with its prompt.
     """
-    asked = [prompt for prompt in prompts for _ in seeds]
-    drawn = engine.sample(asked, list(seeds) * len(prompts))
+    asked = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+    drawn = engine.sample(asked, [first_seed + i for count in counts for i in range(count)])
     outcome = [float(reward(prompt, completion.text)) for prompt, completion in zip(asked, drawn, strict=True)]
     for prompt, value in zip(asked, outcome, strict=True):
         if value in (float("inf"), float("-inf")):
             raise ValueError(f"reward must be finite or NaN, got {value} for prompt {prompt!r}")
-    group = torch.arange(len(prompts)).repeat_interleave(len(seeds))
+    group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(list(counts), dtype=torch.int64))
     finished = torch.tensor([completion.finished for completion in drawn], dtype=torch.bool)
     answers = tuple(tuple(completion.token_ids) for completion in drawn)
     return Rollouts(tuple(asked), answers, group, torch.tensor(outcome), finished)

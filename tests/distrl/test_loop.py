@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prmfast._threads import one_thread
 from prmfast.distrl import HuggingFaceModel, LanguageModel, Loop, LoopConfig, LossRule
+from prmfast.distrl import loop as loop_module
 from prmfast.distrl.phases import Phases
 from prmfast.distrl.rollouts import Rollouts, choose, draw
 from prmfast.engines import TransformersEngine
@@ -224,7 +225,8 @@ class TestDegenerate:
         loop = make(world, questions, small("grpo"))
         before = dict(loop.policy.state_dict())
         with caplog.at_level(logging.WARNING, "prmfast.distrl"):
-            norm = loop._descend("policy", next(iter(loop.policy.parameters())).sum() * math.nan, loop.policy)
+            batch = loop_module._Batch(loop._rollouts(), "cpu")
+            _, norm = loop._descend("policy", loop.policy, batch, lambda theta: theta.states[:, 3:].sum() * math.nan)
         assert math.isnan(norm)
         assert all(torch.equal(before[name], tensor) for name, tensor in loop.policy.state_dict().items())
         assert "the gradient norm of the policy is nan" in caplog.text
@@ -232,15 +234,15 @@ class TestDegenerate:
 
 class TestRollouts:
     def test_answers_are_drawn_and_verified(self, world: TinyWorld, questions: list[str]) -> None:
-        found = draw(world.engine, questions[:3], [5, 9], world.verify)
-        assert found.prompts == tuple(q for q in questions[:3] for _ in range(2))
-        assert found.group.tolist() == [0, 0, 1, 1, 2, 2]
-        single = world.engine.sample([questions[1]], [9])[0]
-        assert found.answers[3] == single.token_ids
-        assert found.outcome[3] == world.verify(questions[1], single.text)
-        assert found.token_ids[found.offsets[3] : found.offsets[4]].tolist() == list(single.token_ids)
+        found = draw(world.engine, questions[:3], [2, 1, 3], world.verify, first_seed=8)
+        assert found.group.tolist() == [0, 0, 1, 2, 2, 2]
+        assert found.prompts == tuple(questions[i] for i in found.group)
+        single = world.engine.sample([questions[2]], [9])[0]
+        assert found.answers[4] == single.token_ids
+        assert found.outcome[4] == world.verify(questions[2], single.text)
+        assert found.token_ids[found.offsets[4] : found.offsets[5]].tolist() == list(single.token_ids)
         with pytest.raises(ValueError, match="reward must be finite or NaN, got inf"):
-            draw(world.engine, questions[:1], [0], lambda *_: math.inf)
+            draw(world.engine, questions[:1], [1], lambda *_: math.inf, first_seed=0)
 
     def test_oversampled_prompts_that_teach_come_first(self) -> None:
         group = torch.arange(5).repeat_interleave(2)
@@ -260,12 +262,49 @@ class TestRollouts:
         assert record["reasons"] == []  # six of the 24 prompts had outcomes that differ
 
 
+def test_adaptive_counts(world: TinyWorld, questions: list[str]) -> None:
+    """Hopeless and certain prompts get the fewest answers; the total stays."""
+    asked: list[Sequence[str]] = []
+
+    def quantiles(prompts: Sequence[str]) -> Tensor:
+        asked.append(prompts)
+        return torch.tensor([0.0, 0.05, 0.1, 0.5, 1.0, 1.0])[:, None].expand(6, 3)
+
+    policy = TinyLearner(world.policy)
+    config = small("grpo", adaptive=True, max_samples=12)
+    loop = Loop(policy, policy.engine, questions, world.verify, config=config, quantiles=quantiles)
+    counts = torch.bincount(loop._rollouts().group)
+    assert int(counts.sum()) == 24
+    assert counts[[0, 4, 5]].tolist() == [2, 2, 2]
+    assert int(counts[1:4].min()) > 2
+    record = loop.run(1)[-1]
+    assert record["answers"] == 24
+    assert len(asked[0]) == 6
+    with pytest.raises(ValueError, match=r"quantiles must be given where config\.adaptive is on and only there"):
+        make(world, questions, config)
+    with pytest.raises(ValueError, match="oversample must be 1 where adaptive is on, got 2"):
+        small("grpo", adaptive=True, oversample=2.0)
+    with pytest.raises(ValueError, match="min_samples <= samples <= max_samples must hold, got 2 <= 4 <= 3"):
+        small("grpo", adaptive=True, max_samples=3)
+
+
+@pytest.mark.parametrize("method", ["distrl_ipvrm", "distrl_released", "prime"])
+def test_passes_change_nothing(world: TinyWorld, questions: list[str], method: str) -> None:
+    whole = make(world, questions, small(method, updates=2), torch.float64)
+    pieces = make(world, questions, small(method, updates=2, answers_per_pass=5), torch.float64)
+    for own, other in zip(pieces.run(2), whole.run(2), strict=True):
+        for name, value in numbers(other).items():
+            assert own[name] == pytest.approx(value, rel=1e-7, abs=1e-9), name
+    for own_, other_ in zip(pieces.policy.parameters(), whole.policy.parameters(), strict=True):
+        torch.testing.assert_close(own_, other_, rtol=0, atol=1e-6)  # Adam's first steps divide by gradients near 0
+
+
 class TestModels:
     def test_hugging_face_model_gives_the_tiny_logits(self, world: TinyWorld, questions: list[str]) -> None:
         transformers = pytest.importorskip("transformers")
         model = transformers.AutoModelForCausalLM.from_pretrained(TinyWorld.policy_directory()).eval()
         theirs, ours = HuggingFaceModel(model, world.tokenizer()), TinyLearner(world.policy)
-        drawn = draw(world.engine, questions[:5], [1, 2], world.verify)
+        drawn = draw(world.engine, questions[:5], [2] * 5, world.verify, first_seed=1)
         answers = (*drawn.answers[:-1], ())  # an empty answer has no row
         with torch.no_grad():
             expected, found = (
@@ -282,7 +321,7 @@ class TestModels:
         model = transformers.AutoModelForCausalLM.from_pretrained(TinyWorld.policy_directory())
         engine = TransformersEngine(model, world.tokenizer(), max_new_tokens=12)
         before = model.state_dict()["model.norm.weight"].clone()
-        config = small(prompts=2, samples=3)
+        config = small(prompts=2, samples=3, answers_per_pass=4)
         short = [question for question in questions if question.split()[5] == "_"]
         loop = Loop(HuggingFaceModel(model, world.tokenizer()), lambda: engine, short, world.verify, config=config)
         record = loop.run(1)[-1]
@@ -321,6 +360,10 @@ def test_configurations_are_checked(world: TinyWorld) -> None:
         with pytest.raises(ValueError, match=message):
             LoopConfig(**change)  # type: ignore[arg-type]
     assert LoopConfig.grpo(loss=LossRule(alpha=0.0, clip_high=0.2)).loss.clip_high == 0.2
+    policy = TinyLearner(world.policy)
+    for name, config in (("reward_model", LoopConfig.grpo(prompts=1)), ("reference", LoopConfig(prompts=1))):
+        with pytest.raises(ValueError, match=f"{name} must be None where config"):
+            Loop(policy, policy.engine, ["x"], world.verify, config=config, **{name: policy})
     with pytest.raises(ValueError, match=r"questions must be at least 64 \(prompts \* oversample\), got 1"):
         make(world, ["x"], LoopConfig.grpo(oversample=2.0))
 

@@ -62,18 +62,30 @@ def test_forced_tokens_are_dropped_again() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(counts=st.lists(st.integers(0, 5), max_size=5), top_k=st.integers(1, 4) | st.none(), seed=st.integers(0, 99))
-def test_released_set(counts: list[int], top_k: int | None, seed: int) -> None:
+@given(
+    counts=st.lists(st.integers(0, 5), max_size=5),
+    top_k=st.integers(1, 4) | st.none(),
+    top_p=st.sampled_from([1.0, 0.8, 0.5]),
+    p_min=st.sampled_from([0.1, 0.02, 0.0]),
+    seed=st.integers(0, 99),
+)
+def test_released_set(counts: list[int], top_k: int | None, top_p: float, p_min: float, seed: int) -> None:
     rows = sum(counts)
-    candidates, sampled, policy, _ = room(rows, p_min=0.01, seed=seed)
+    candidates, sampled, policy, _ = room(rows, p_min=1e-9, seed=seed)
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    found = released_candidates(candidates, sampled, offsets=offsets, top_k=top_k)
+    found = released_candidates(candidates, sampled, offsets=offsets, p_min=p_min, top_k=top_k, top_p=top_p)
     p = policy.softmax(1)
     last = {int(end) - 1 for start, end in itertools.pairwise(offsets) if end > start}
     for t in range(rows):
         mine = found.token_ids[int(found.offsets[t]) : int(found.offsets[t + 1])].tolist()
-        others = [i for i in p[t].argsort(descending=True).tolist() if p[t, i] > 0.1 and i != int(sampled[t])]
-        wanted = [int(sampled[t]), *others][:top_k]
+        others = [i for i in p[t].argsort(descending=True).tolist() if i != int(sampled[t])]
+        table = sorted([int(sampled[t]), *others][:top_k], key=lambda i: -float(p[t, i]))
+        held = p[t, table].cumsum(0)
+        wanted = {
+            i
+            for place, i in enumerate(table)
+            if i == int(sampled[t]) or (p[t, i] > p_min and (top_p == 1 or place == 0 or held[place] <= top_p))
+        }
         assert mine == ([] if t in last else sorted(wanted))
     td = without_last_token(torch.ones(rows), offsets=offsets)
     assert [t for t in range(rows) if td[t] == 0] == sorted(last)
@@ -186,8 +198,8 @@ class TestFilter:
 
 
 def test_pairs_leave_out_what_has_no_partner() -> None:
-    outcome = torch.tensor([1, 0, 1, 1, 0, math.nan, 1])
-    chosen, rejected = prompt_pairs(outcome, torch.tensor([4, 4, 4, 2, 2, 2, 9]))
+    outcome = torch.tensor([1, 0, 1, 1, 0, math.nan, 1, 0.5])
+    chosen, rejected = prompt_pairs(outcome, torch.tensor([4, 4, 4, 2, 2, 2, 9, 9]))
     assert chosen.tolist() == [3, 0]
     assert rejected.tolist() == [4, 1]
 
@@ -199,6 +211,9 @@ def test_accuracies_of_a_perfect_and_of_a_reversed_score() -> None:
     assert pairwise_accuracy(-score, outcome, group=group) == pytest.approx((0 + 0 + 0.5) / 3)
     assert sign_accuracy(score, outcome) == 1
     assert sign_accuracy(-score, outcome) == 0
+    flat, pair = torch.zeros(2), torch.zeros(2, dtype=torch.int64)  # equal scores: the earlier one counts as lower
+    assert pairwise_accuracy(flat, torch.tensor([0.0, 1.0]), group=pair) == 1
+    assert pairwise_accuracy(flat, torch.tensor([1.0, 0.0]), group=pair) == 0
     none = torch.zeros(0)
     assert sign_accuracy(none, none) == 0
     assert pairwise_accuracy(none, none, group=none.long()) == 0.5
@@ -211,6 +226,11 @@ def test_correlation_of_td_with_outcome() -> None:
     means, known = torch.tensor([2.0, -0.5, 2.0, 0.5]), torch.tensor([1.0, 0.0, 1.0, 0.0])
     expected = float(torch.corrcoef(torch.stack([means, known]))[0, 1])
     assert td_outcome_correlation(td, outcome, mask=mask) == pytest.approx(expected, rel=1e-6)
+    tokens = torch.stack([td[mask], outcome[:, None].expand(5, 2)[mask]])[:, [0, 1, 2, 3, 4, 7, 8]]
+    per_token = td_outcome_correlation(td, outcome, mask=mask, level="token")
+    assert per_token == pytest.approx(float(torch.corrcoef(tokens)[0, 1]), rel=1e-6)
+    with pytest.raises(ValueError, match="level must be 'sequence' or 'token', got 'prompt'"):
+        td_outcome_correlation(td, outcome, mask=mask, level="prompt")
     assert td_outcome_correlation(td, torch.ones(5), mask=mask) is None
     assert td_outcome_correlation(torch.zeros_like(td), outcome, mask=mask) is None
     assert td_outcome_correlation(td[:0], outcome[:0]) is None
@@ -248,7 +268,8 @@ class TestKlPenalty:
         for value in (token, whole, grad):
             assert value.isfinite().all()
         token, _ = topk_kl_penalty(q, p.detach())  # exp(200) of the estimate
-        assert token.isfinite().all()
+        assert token.item() == 10
+        assert topk_kl_penalty(p.detach(), q)[0].item() == 10  # 19, of a ratio taken as exp(-20)
 
     def test_gradcheck(self) -> None:
         logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
