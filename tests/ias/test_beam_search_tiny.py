@@ -67,13 +67,15 @@ def test_the_same_search_through_transformers(world: TinyWorld, found: BeamSearc
 
 
 def test_with_a_calibrator_budgets_follow_its_lower_bound(world: TinyWorld, engine: TinyEngine) -> None:
-    data = CalibrationData.from_traces(world.make_traces(60, 2, 4, progress=False, k_range=HARD))
-    judge = ScorerJudge(world.prm, BetaBinomialCalibrator(context="mlp").fit(data, progress=False), levels=20)
-    questions = world.questions(20, 6, HARD)
+    data = CalibrationData.from_traces(world.make_traces(40, 1, 4, progress=False, k_range=HARD))
+    judge = ScorerJudge(
+        world.prm, BetaBinomialCalibrator(context="mlp", steps=100).fit(data, progress=False), levels=20
+    )
+    questions = world.questions(10, 6, HARD)
+    fixed = BeamSearch(engine, judge, BeamSettings(16, 4, max_steps=10)).run(questions, progress=False)
     for ias in ("K", "M"):
         shapes = [BeamSettings(16, 4, max_steps=10, ias=ias, lb_idx=at, target=0.9) for at in (1, 10)]  # type: ignore[arg-type]
         low, middle = (BeamSearch(engine, judge, shape).run(questions, progress=False) for shape in shapes)
-        fixed = BeamSearch(engine, judge, BeamSettings(16, 4, max_steps=10)).run(questions, progress=False)
         assert middle.n_tokens < low.n_tokens <= fixed.n_tokens
         for c in low.candidates:
             assert c.lower is None or (c.median is not None and c.lower <= c.median)

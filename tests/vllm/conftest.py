@@ -104,20 +104,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded policy of ``prmfast.tiny`` with its tokenizer in one folder, as vLLM wants them."""
-    import shutil
-
-    import prmfast.tiny
-
-    weights = Path(prmfast.tiny.__file__).parent / "weights"
-    path = tmp_path_factory.mktemp("tiny") / "policy"
-    shutil.copytree(weights / "policy", path)
-    shutil.copytree(weights / "tokenizer", path, dirs_exist_ok=True)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def start_llm() -> Iterator[Callable[..., Any]]:
     """``start_llm(**arguments)``: an offline engine in this process with `ENGINE`'s defaults; ends with the module."""

@@ -12,6 +12,7 @@ from prmfast.calibration import load_calibrator
 from prmfast.engines import VLLMEngine
 from prmfast.ias import BeamSearch, BeamSearchResult, BeamSettings, ScorerJudge
 from prmfast.prm import AutoPRM
+from prmfast.tiny import TinyWorld, task
 from prmfast.vllm import VLLMPRM, prm_engine_args
 from tests.vllm import calibrators
 from tests.vllm.conftest import QUESTION
@@ -110,3 +111,26 @@ def test_only_new_steps_are_scored(engine: VLLMEngine, judge: VLLMPRM) -> None:
     assert stats.cached_tokens - drawn.cached_tokens > (stats.prompt_tokens - drawn.prompt_tokens) / 2
     assert stats.generated_tokens - drawn.generated_tokens == 2 * result.n_tokens
     assert stats.running == 0
+
+
+def test_the_tiny_world_on_vllm(start_llm: Callable[..., Any]) -> None:
+    """A trained policy, step by step: most answers of the search are right, far more than single samples."""
+    world = TinyWorld.load()
+    folders = {"model": str(world.policy_directory()), "tokenizer": str(world.tokenizer_directory())}
+    llm = start_llm(**folders, max_model_len=64, enable_prefix_caching=True)
+    engine = VLLMEngine(llm, max_new_tokens=4, stop=(";",))
+    questions = world.questions(16, 5, (6, 8))
+    shape = BeamSettings(8, 4, max_steps=10)
+    result = BeamSearch(engine, world.prm, shape, world.verify).run(questions, progress=False)
+    single = VLLMEngine(llm, max_new_tokens=20).sample(questions * 8, [i // 16 for i in range(128)])
+    alone = sum(world.verify(c.prompt, c.text) for c in single) / 128
+    assert result.accuracy is not None
+    assert result.accuracy > alone + 0.2
+    assert all(answer.finished and task.final_answer(answer.completion) is not None for answer in result.answers)
+
+
+def test_an_engine_without_stop_strings_is_refused(policy_llm: Any, judge: VLLMPRM) -> None:
+    with pytest.raises(
+        ValueError, match="engine must be made with stop strings, so that a sample is one step, got none"
+    ):
+        BeamSearch(VLLMEngine(policy_llm), judge)
