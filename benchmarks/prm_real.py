@@ -24,9 +24,18 @@ from benchmarks.text_prm import LOSSES, StepFeatures, TextPRM
 from prmfast._files import write_json
 from prmfast._progress import progress
 from prmfast.bench.machine import describe
-from prmfast.calibration.metrics import bootstrap
+from prmfast.calibration.metrics import Terms, bootstrap
 from prmfast.calibration.plots import save
-from prmfast.evaluation import AnswerPool, Chain, first_error_table, read_chains, selection_table, trajectory_scores
+from prmfast.evaluation import (
+    AnswerPool,
+    Chain,
+    cross_fitted_first_errors,
+    first_error_table,
+    first_error_terms,
+    read_chains,
+    selection_table,
+    trajectory_scores,
+)
 from prmfast.evaluation.plots import selection_curves, threshold_curves
 from prmfast.prm.data import read_rows
 
@@ -99,6 +108,22 @@ def read_outcomes(path: Path) -> list[Chain]:
     return chains
 
 
+def over_bce(chains: Sequence[Chain], scores: Scores, resamples: int) -> dict[str, tuple[float, float, float]]:
+    """F1 of each loss minus that of BCE, with its interval from resampling the questions of both together."""
+    labels, questions = [chain.first_error for chain in chains], [chain.question_id for chain in chains]
+    terms = {
+        name: first_error_terms(cross_fitted_first_errors(steps, labels, questions).predicted, labels)
+        for name, steps in scores.items()
+    }
+    found = {}
+    for name, mine in terms.items():
+        if "BCE" in terms and name != "BCE":
+            both = np.concatenate([mine.values, terms["BCE"].values], axis=1)
+            pair = Terms(both, lambda means, f=mine.combine: f(means[..., :4]) - f(means[..., 4:]))
+            found[name] = tuple(bootstrap(pair, questions, n=resamples))
+    return found
+
+
 def pair_table(chains: Sequence[Chain], scores: Scores) -> list[dict[str, Any]]:
     """Share of (right, wrong) pairs of answers to a question that the score puts in order, ties half."""
     table = []
@@ -129,7 +154,7 @@ def render(rows: Sequence[dict[str, Any]], title: str) -> Table:
 def _cell(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 class Run:
@@ -161,8 +186,9 @@ class Run:
     def _first_errors(self, name: str) -> None:
         chains = read_chains(self._path(name))[: self.arguments.limit]
         scores = self._scores(chains)
+        paired = over_bce(chains, scores, self.arguments.resamples)
         self.tables[name] = [
-            {"loss": loss, **row}
+            {"loss": loss, **row, "f1_over_bce": paired.get(loss) if row["subset"] == "all" else None}
             for loss, steps in scores.items()
             for row in first_error_table(steps, chains, resamples=self.arguments.resamples)
         ]

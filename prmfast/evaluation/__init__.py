@@ -19,6 +19,7 @@ from prmfast.evaluation.first_error import (
     grid_threshold,
     optimal_threshold,
 )
+from prmfast.evaluation.from_traces import pools_from_traces
 from prmfast.evaluation.processbench import Chain, first_error_table, read_chains, score_chains
 from prmfast.evaluation.step_rewards import released_scores, released_step_rewards, step_rewards
 
@@ -37,6 +38,7 @@ __all__ = [
     "grid_threshold",
     "optimal_threshold",
     "pass_at_n",
+    "pools_from_traces",
     "read_chains",
     "released_scores",
     "released_step_rewards",

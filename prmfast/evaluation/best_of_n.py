@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from prmfast.calibration.metrics import Interval, bootstrap
+from prmfast.calibration.metrics import bootstrap
 from prmfast.evaluation._check import option, real
 from prmfast.ias.voting import majority_vote, weighted_vote
 
@@ -96,7 +96,8 @@ def selection_table(
     Methods: "pass@n", "avg" (one answer, chosen at random), "best of n: <score>" for every score, and where answers
     are known "majority" and "vote: <score>" (the sum of scores per answer; sigmoid(score) where one is negative).
     Everything but the votes is an exact expectation over the draws of n stored answers; votes average ``trials``
-    random draws. Only questions with at least n answers count; a row says how many they are.
+    random draws. Only questions with at least n answers count; a row says how many they are. "over_avg" is the paired
+    difference to "avg" with its interval: questions differ far more than methods do.
     """
     rows: list[dict[str, Any]] = []
     for n in ns:
@@ -112,8 +113,10 @@ def selection_table(
             values |= {name: [vote[name] for vote in votes] for name in votes[0]}
         names = [pool.question for pool in chosen]
         for method, accuracies in values.items():
-            interval = _interval(accuracies, names, resamples, seed)
-            rows.append({"n": n, "method": method, "questions": len(set(names)), **interval._asdict()})
+            share = np.asarray(accuracies)
+            interval = bootstrap(share, names, n=resamples, seed=seed)._asdict()
+            over = tuple(bootstrap(share - np.asarray(values["avg"]), names, n=resamples, seed=seed))
+            rows.append({"n": n, "method": method, "questions": len(set(names)), **interval, "over_avg": over})
     return rows
 
 
@@ -141,10 +144,6 @@ def vote_accuracies(pool: AnswerPool, n: int, *, trials: int = 100, seed: int = 
 
 def _is_right(answer: Hashable | None, right: set[Hashable | None]) -> bool:
     return answer is not None and answer in right
-
-
-def _interval(values: Sequence[float], questions: Sequence[str], resamples: int, seed: int) -> Interval:
-    return bootstrap(np.asarray(values), questions, n=resamples, seed=seed)
 
 
 def _outcomes(correct: Any) -> Array:

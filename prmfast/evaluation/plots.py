@@ -14,22 +14,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_BOUNDS: dict[str, dict[str, Any]] = {  # what no choice can beat, and what it should
+    "pass@n": {"color": "black", "linestyle": "--"},
+    "avg": {"color": "#555555", "linestyle": ":"},
+}
+
+
 def selection_curves(rows: Sequence[Mapping[str, Any]], *, title: str = "Choosing among N answers") -> Figure:
     """Share of questions answered rightly against N, a curve per method of `selection_table`, bars for 95 %."""
-    figure, (axis,) = new_figure(width=6.4)
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    figure, (axis,) = new_figure(width=7.6)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    others = [method for method in methods if method not in _BOUNDS]
+    for i, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method]
         value = np.array([row["value"] for row in mine])
         reach = np.abs(np.array([[row["low"], row["high"]] for row in mine]).T - value)
-        axis.errorbar(
-            [row["n"] for row in mine], value, reach, linewidth=1.3, elinewidth=0.7, label=method, **line_style(i)
-        )
+        n = np.array([row["n"] for row in mine]) * 2.0 ** (0.05 * (i - len(methods) / 2))  # bars side by side
+        style = _BOUNDS.get(method) or line_style(others.index(method))
+        axis.errorbar(n, value, reach, linewidth=1.3, elinewidth=0.6, label=method, **style)
     axis.set_xscale("log", base=2)
     from matplotlib.ticker import FuncFormatter
 
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set(xlabel="answers N (log scale)", ylabel="questions answered rightly (share)", title=title)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
