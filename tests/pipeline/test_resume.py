@@ -33,7 +33,7 @@ def same(directory: Path, whole: LabelRun) -> None:
     assert jobs.finished(directory) == jobs.finished(whole.traces.parent)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_random_moments(world: TinyWorld, whole: LabelRun, tmp_path: Path, seed: int) -> None:
     directory = tmp_path / "run"
     told = subprocess.run(
