@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prmfast.ias.best_of_n import aggregate_score
+from prmfast.ias._aggregate import aggregate_score
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -2,130 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor
-
+from prmfast._progress import Bar
 from prmfast._progress import progress as progress_bar
 from prmfast._ranges import stage
-from prmfast.calibration.data import CalibrationData
-from prmfast.calibration.features import FEATURE_NAMES, prefix_features, question_features
-from prmfast.engines.base import Engine, Scorer, Verifier
-from prmfast.ias._check import whole
+from prmfast.engines.base import Completion, Engine, Judge, Scorer, StepScores, StreamingEngine, Verifier
+from prmfast.ias._aggregate import Aggregate, aggregate_score
+from prmfast.ias._check import positive_number, question_list, whole
 from prmfast.ias._journal import Journal, Sample
-from prmfast.ias.policies import BudgetPolicy, BudgetState
+from prmfast.ias._results import Answer, BestOfNResult, collect, sample_of
+from prmfast.ias._rules import Decision, Evidence
+from prmfast.ias.controller import Action, BestOfNController, Done, Draw, Finished, Opening, Outcome, Update
+from prmfast.ias.judges import ScorerJudge
+from prmfast.ias.policies import BudgetPolicy
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from prmfast.calibration.base import Calibrator
 
-Aggregate = Literal["last", "min", "product", "mean"]
-_AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
-    "last": lambda scores: scores[-1],
-    "min": min,
-    "product": math.prod,
-    "mean": lambda scores: math.fsum(scores) / len(scores),
-}
+__all__ = ["Aggregate", "Answer", "BestOfN", "BestOfNResult", "Decision", "aggregate_score"]
 
-
-def aggregate_score(step_scores: Sequence[float], aggregate: str = "last") -> float:
-    """An answer's score from its step scores: "last" | "min" | "product" | "mean"; 0 for an answer without steps."""
-    if aggregate not in _AGGREGATES:
-        raise ValueError(f"aggregate must be one of {', '.join(_AGGREGATES)}, got {aggregate!r}")
-    return _AGGREGATES[aggregate](step_scores) if step_scores else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What was said of a question in a round: ``budget`` samples in total, of which ``drawn`` existed by then."""
-
-    question: int
-    round: int
-    drawn: int
-    budget: int
-    expected: float
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The outcome of a question; completion, score and seed are None where the budget was 0.
-
-    ``correct`` is the verifier's word on the picked completion, ``any_correct`` on all that were drawn; None without
-    one.
-    """
-
-    question: str
-    completion: str | None
-    score: float | None
-    seed: int | None
-    expected: float
-    drawn: int
-    n_tokens: int
-    correct: bool | None
-    any_correct: bool | None
-
-
-@dataclass(frozen=True)
-class BestOfNResult:
-    """Answers in the order of the questions, every decision, and every sample with its verdict."""
-
-    answers: tuple[Answer, ...]
-    decisions: tuple[Decision, ...]
-    samples: tuple[Sample, ...]
-    verdicts: tuple[bool | None, ...]
-    policy_id: str
-    prm_id: str
-
-    @property
-    def mean_drawn(self) -> float:
-        """Samples per question."""
-        return sum(answer.drawn for answer in self.answers) / len(self.answers)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens drawn in total."""
-        return sum(answer.n_tokens for answer in self.answers)
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of questions whose picked answer is right; None without a verifier. No answer is not right."""
-        return self._share("correct")
-
-    @property
-    def success(self) -> float | None:
-        """Share of questions with any right answer among those drawn: what a target bounds. None without a verifier."""
-        return self._share("any_correct")
-
-    def to_table(self, of: Literal["answers", "decisions", "samples"] = "answers") -> pa.Table:
-        """A row per question, per decision (round, drawn, budget, expected, why), or per sample as a trace."""
-        import pyarrow as pa
-
-        if of == "answers":
-            return pa.Table.from_pylist([_fields(row) for row in self.answers])
-        if of == "decisions":
-            return pa.Table.from_pylist(
-                [{**_fields(row), "question": self.answers[row.question].question} for row in self.decisions]
-            )
-        if of != "samples":
-            raise ValueError(f"of must be 'answers', 'decisions' or 'samples', got {of!r}")
-        names = [answer.question for answer in self.answers]
-        rows = [
-            _trace(sample, names[sample.question], verdict)
-            for sample, verdict in zip(self.samples, self.verdicts, strict=True)
-        ]
-        return pa.Table.from_pylist([{**row, "policy_id": self.policy_id} for row in rows], schema=_trace_schema())
-
-    def _share(self, name: str) -> float | None:
-        values = [getattr(answer, name) for answer in self.answers]
-        return None if None in values else sum(values) / len(values)
+Job = tuple[int, int]  # question, seed
 
 
 @dataclass(frozen=True)
@@ -137,19 +39,23 @@ class BestOfN:
     samples have the seeds ``seed``, ``seed + 1``, ...: whatever the policy, the first N of a question are the same.
 
     Args:
-        engine: draws samples. scorer: the PRM.
+        engine: draws samples; a `StreamingEngine` while others run, and gives up what is no longer needed.
+        scorer: the PRM; None with ``judge``.
         calibrator: a fitted calibrator; None takes the PRM's raw score for the success probability.
-        policy: who decides on N; asked once a round until nobody wants more.
+        policy: who decides on N; asked again whenever what it asked for is drawn, until it wants no more.
         verifier: ``verify(question, completion)``, to report accuracy; decides nothing.
         levels: M, quantiles at (m + 1/2) / M.
-        batch_size: samples per call of the engine, questions per call of the scorer.
+        batch_size: samples per call of an engine that does not stream, questions per call of the scorer.
         seed: of each question's first sample.
         n_max: no question gets more, whatever the policy says.
         aggregate: final score of an answer from its step scores: "last" | "min" | "product" | "mean".
+        update: "posterior" learns from every finished sample and stops, goes on or re-allocates by what it has shown;
+            "none" leaves all to the policy. ahead, votes, wrong_agreement: as in `BestOfNController`.
+        judge: a PRM that has its calibrator with it, in place of ``scorer`` and ``calibrator``.
     """
 
     engine: Engine
-    scorer: Scorer
+    scorer: Scorer | None
     calibrator: Calibrator | None
     policy: BudgetPolicy
     verifier: Verifier | None = None
@@ -158,218 +64,261 @@ class BestOfN:
     seed: int = 0
     n_max: int = 64
     aggregate: Aggregate = "last"
+    _: KW_ONLY
+    update: Update = "none"
+    ahead: int | None = None
+    votes: Callable[[str], Hashable | None] | None = None
+    wrong_agreement: float = 0.2
+    judge: Judge | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.engine, Engine):
             raise TypeError(f"engine must have policy_id and sample(), got {type(self.engine).__name__}")
-        if not isinstance(self.scorer, Scorer):
-            raise TypeError(
-                f"scorer must have prm_id, score(), question_state() and features(), got {type(self.scorer).__name__}"
-            )
-        if not isinstance(self.policy, BudgetPolicy):
-            raise TypeError(f"policy must be a BudgetPolicy, got {type(self.policy).__name__}")
         for name, low in (("levels", 1), ("batch_size", 1), ("seed", 0), ("n_max", 1)):
             whole(name, getattr(self, name), low=low)
-        aggregate_score((), self.aggregate)
+        self._judge()
+        self._controller()
 
     def run(
-        self, questions: Sequence[str], *, progress: bool = True, journal: str | os.PathLike[str] | None = None
+        self,
+        questions: Sequence[str],
+        *,
+        progress: bool = True,
+        journal: str | os.PathLike[str] | None = None,
+        targets: Sequence[float] | None = None,
+        deadline: float | None = None,
     ) -> BestOfNResult:
         """Answers ``questions``.
 
         With ``journal``, every sample is appended to that file as soon as it is scored; a later run with the same
-        file goes through the same rounds and decisions and draws only what is missing.
+        file goes through the same decisions and draws only what is missing. ``targets``: one in (0, 1) per question in
+        place of the `TargetBudget`'s own. After ``deadline`` seconds, what is finished by then is the answer.
         """
-        _check_questions(questions)
-        book = Journal(journal, questions, {"policy_id": self.engine.policy_id, "prm_id": self.scorer.prm_id})
-        with stage("best_of_n.first_estimate"):
-            quantiles = self._first_estimate(questions, progress)
-        expected = quantiles.double().mean(1).tolist()
-        samples: list[list[Sample]] = [[] for _ in questions]
-        candidates: list[list[Tensor]] = [[] for _ in questions]
-        decisions: list[Decision] = []
-        active, number = set(range(len(questions))), 0
-        while active:
-            number += 1
-            with stage("best_of_n.budget"):
-                asked = self._ask(quantiles, samples, candidates)
-            wanted = {i: n for i, n in enumerate(asked) if min(n, self.n_max) > len(samples[i])}
-            for i in sorted(active | set(wanted)):
-                decisions.append(self._decision(i, number, len(samples[i]), asked[i], expected[i]))
-            jobs = [(i, self.seed + k) for i, n in wanted.items() for k in range(len(samples[i]), min(n, self.n_max))]
-            self._draw(questions, jobs, book, samples, candidates, f"round {number}", progress)
-            active = set(wanted)
+        question_list(questions)
+        if targets is not None and len(targets) != len(questions):
+            raise ValueError(f"targets must have one entry per question ({len(questions)}), got {len(targets)}")
+        if deadline is not None:
+            positive_number("deadline", deadline)
+        judge = self._judge()
+        book = Journal(journal, questions, {"policy_id": self.engine.policy_id, "prm_id": judge.prm_id})
+        run = _Run(self, questions, judge, self._controller(), book)
+        first = self._first_estimates(questions, judge, progress)
+        wanted: Sequence[float | None] = [None] * len(questions) if targets is None else targets
+        with progress_bar(len(questions), "best of n", progress) as bar:
+            rows = zip(first, wanted, strict=True)
+            run.go([Opening(i, scores, target, deadline) for i, (scores, target) in enumerate(rows)], bar)
         with stage("best_of_n.pick"):
-            return self._result(questions, samples, decisions, expected)
+            outcomes = [run.outcomes[i] for i in range(len(questions))]
+            ids = (self.engine.policy_id, judge.prm_id)
+            return collect(questions, outcomes, self.verifier, ids, run.source.aborted_tokens())
 
-    def _first_estimate(self, questions: Sequence[str], progress: bool) -> Tensor:
-        parts: list[Tensor] = []
-        with progress_bar(len(questions), "first estimates", progress) as bar:
+    def _judge(self) -> Judge:
+        if self.judge is None:
+            return ScorerJudge(cast(Scorer, self.scorer), self.calibrator, levels=self.levels)
+        if self.scorer is not None or self.calibrator is not None:
+            raise ValueError("judge stands in place of scorer and calibrator: give None for both")
+        if not isinstance(self.judge, Judge):
+            raise TypeError(f"judge must have prm_id and judge(), got {type(self.judge).__name__}")
+        return self.judge
+
+    def _controller(self) -> BestOfNController:
+        return BestOfNController(
+            self.policy,
+            update=self.update,
+            seed=self.seed,
+            n_max=self.n_max,
+            ahead=self.ahead,
+            votes=self.votes,
+            wrong_agreement=self.wrong_agreement,
+            aggregate=self.aggregate,
+        )
+
+    def _first_estimates(self, questions: Sequence[str], judge: Judge, progress: bool) -> list[StepScores]:
+        found: list[StepScores] = []
+        with stage("best_of_n.first_estimate"), progress_bar(len(questions), "first estimates", progress) as bar:
             for start in range(0, len(questions), self.batch_size):
                 part = questions[start : start + self.batch_size]
-                score, hidden = self.scorer.question_state(part)
-                features = question_features(score.double().cpu().numpy())
-                parts.append(self._quantiles(score, hidden, torch.from_numpy(features)))
+                found += judge.judge(part, [None] * len(part))
                 bar.advance(len(part))
-        return torch.cat(parts)
+        return found
 
-    def _quantiles(self, score: Tensor, hidden: Tensor, features: Tensor) -> Tensor:
-        """Quantiles [B, M] on the CPU; the raw score as one quantile without a calibrator."""
-        score = score.detach().float().cpu()
-        if self.calibrator is None:
-            return score[:, None]
-        data = CalibrationData.from_arrays(
-            score=score,
-            successes=torch.zeros(len(score), dtype=torch.int64),
-            hidden=hidden.detach().float().cpu(),
-            features=features.float(),
-            feature_names=FEATURE_NAMES,
-        )
-        levels = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
-        return self.calibrator.quantile(data, levels.float()).cpu()
 
-    def _ask(self, quantiles: Tensor, samples: list[list[Sample]], candidates: list[list[Tensor]]) -> list[int]:
-        drawn = torch.tensor([len(row) for row in samples])
-        if self.policy.uses_candidates and int(drawn.max()):
-            width = next(row[0] for row in candidates if row).shape[0]
-            table = torch.zeros(len(samples), int(drawn.max()), width)
-            for i, row in enumerate(candidates):
-                if row:
-                    table[i, : len(row)] = torch.stack(row)
-            filled = torch.arange(table.shape[1]) < drawn[:, None]
-            state = BudgetState(quantiles, drawn, table, filled)
-        else:
-            state = BudgetState(quantiles, drawn)
-        budget = self.policy.budget(state)
-        if tuple(budget.shape) != tuple(drawn.shape) or budget.is_floating_point():
-            raise ValueError(
-                f"{type(self.policy).__name__}.budget must return integers [{len(samples)}], "
-                f"got {budget.dtype} {tuple(budget.shape)}"
-            )
-        return [int(n) for n in budget.tolist()]
+class _Run:
+    """One run: carries out what the controller says and reports what came of it."""
 
-    def _decision(self, question: int, number: int, drawn: int, asked: int, expected: float) -> Decision:
-        budget = min(asked, self.n_max)
-        if budget > drawn:
-            why = f"first estimate: E[p] = {expected:.3f}" if number == 1 else "not enough yet"
-        else:
-            why = "n_max reached" if drawn >= min(self.n_max, getattr(self.policy, "n_max", self.n_max)) else "enough"
-        if asked > self.n_max:
-            why += f"; {asked} asked for, n_max = {self.n_max}"
-        return Decision(question, number, drawn, budget, expected, why)
-
-    def _draw(
-        self,
-        questions: Sequence[str],
-        jobs: list[tuple[int, int]],
-        book: Journal,
-        samples: list[list[Sample]],
-        candidates: list[list[Tensor]],
-        title: str,
-        progress: bool,
+    def __init__(
+        self, best: BestOfN, questions: Sequence[str], judge: Judge, controller: BestOfNController, book: Journal
     ) -> None:
-        """Carries out ``jobs`` (question, seed) in order, those in the journal without the engine."""
-        with progress_bar(len(jobs), title, progress and bool(jobs)) as bar:
-            for start in range(0, len(jobs), self.batch_size):
-                chunk = jobs[start : start + self.batch_size]
-                missing = [job for job in chunk if book.get(*job) is None]
-                if missing:
-                    book.add(self._sample(questions, missing))
-                found = [sample for job in chunk if (sample := book.get(*job)) is not None]
-                for sample in found:
-                    samples[sample.question].append(sample)
-                if self.policy.uses_candidates:
-                    with stage("best_of_n.quantiles"):
-                        rows = self._candidate_quantiles(questions, found)
-                    for sample, row in zip(found, rows, strict=True):
-                        candidates[sample.question].append(row)
-                bar.advance(len(chunk))
+        self.questions, self.judge, self.controller, self.book = questions, judge, controller, book
+        self.batch_size = best.batch_size
+        self.source: _Rounds | _Stream
+        if isinstance(best.engine, StreamingEngine):
+            self.source = _Stream(best.engine, questions)
+        else:
+            self.source = _Rounds(best.engine, questions, best.batch_size)
+        self.drawn_before: deque[Sample] = deque()
+        self.outcomes: dict[int, Outcome] = {}
 
-    def _sample(self, questions: Sequence[str], jobs: list[tuple[int, int]]) -> list[Sample]:
+    def go(self, openings: list[Opening], bar: Bar) -> None:
+        """Until every question is done; nothing is left running, whatever happens."""
+        start, timed = time.monotonic(), any(opening.deadline is not None for opening in openings)
+        try:
+            with stage("best_of_n.budget"):
+                actions = self.controller.open_all(openings)
+            while True:
+                self._carry_out(actions, bar)
+                if len(self.outcomes) == len(openings):
+                    return
+                finished = self._advance()
+                now = time.monotonic() - start
+                with stage("best_of_n.budget"):
+                    actions = self.controller.finished_all(finished, now=now) if finished else []
+                    if timed:
+                        actions += self.controller.expire(now)
+                self._keep(finished)
+        finally:
+            self.source.abort(self.source.jobs())
+
+    def _carry_out(self, actions: Sequence[Action], bar: Bar) -> None:
+        draws: list[Job] = []
+        aborts: set[Job] = set()
+        for action in actions:
+            if isinstance(action, Done):
+                key = cast(int, action.key)
+                self.outcomes[key] = self.controller.take(key)
+                bar.advance()
+                continue
+            job = (cast(int, action.key), action.seed)
+            if not isinstance(action, Draw):
+                aborts.add(job)
+            elif (sample := self.book.get(*job)) is not None:
+                self.drawn_before.append(sample)
+            else:
+                draws.append(job)
+        if aborts:
+            self.source.abort(aborts)
+            self.drawn_before = deque(s for s in self.drawn_before if (s.question, s.seed) not in aborts)
+        self.source.draw([job for job in draws if job not in aborts])
+
+    def _advance(self) -> list[Finished]:
+        if self.drawn_before:
+            count = min(self.batch_size, len(self.drawn_before))
+            return self._judged_before([self.drawn_before.popleft() for _ in range(count)])
         with stage("best_of_n.sample"):
-            done = self.engine.sample([questions[i] for i, _ in jobs], [seed for _, seed in jobs])
-        if len(done) != len(jobs):
-            raise RuntimeError(f"engine must return one completion per prompt ({len(jobs)}), got {len(done)}")
+            done = self.source.advance()
+        if not done:
+            return []
+        asked, texts = [self.questions[i] for (i, _), _ in done], [completion.text for _, completion in done]
         with stage("best_of_n.score"):
-            scores = self.scorer.score([questions[i] for i, _ in jobs], [[completion.text] for completion in done])
-        rows = []
-        for (i, seed), completion, answers in zip(jobs, done, scores, strict=True):
-            steps = tuple(float(score) for score in answers[0])
-            if any(math.isnan(score) for score in steps):
-                raise ValueError(f"scorer must not return NaN, got NaN for an answer of question {i}")
-            rows.append(Sample(i, seed, completion.text, steps, completion.n_tokens, completion.finished))
-        return rows
+            if isinstance(self.judge, ScorerJudge):
+                steps = self.judge.scores(asked, texts)
+            else:
+                scores = self.judge.judge(asked, texts)
+        if isinstance(self.judge, ScorerJudge):
+            scores = self._last(asked, texts, steps)
+        return [
+            Finished(i, seed, completion, judged) for ((i, seed), completion), judged in zip(done, scores, strict=True)
+        ]
 
-    def _candidate_quantiles(self, questions: Sequence[str], samples: list[Sample]) -> list[Tensor]:
-        """Each finished answer's quantiles [M']: the calibrator's word on its last step; p = 0 without steps."""
-        scored = [sample for sample in samples if sample.step_scores]
-        width = 1 if self.calibrator is None else self.levels
-        rows = {id(sample): torch.zeros(width) for sample in samples}
-        if scored:
-            states = self.scorer.features([questions[s.question] for s in scored], [[s.completion] for s in scored])
-            hidden = torch.stack([answers[0][-1] for answers in states])
-            features = torch.stack([torch.from_numpy(prefix_features(s.step_scores)[-1]) for s in scored])
-            last = torch.tensor([s.step_scores[-1] for s in scored])
-            rows.update(zip(map(id, scored), self._quantiles(last, hidden, features), strict=True))
-        return [rows[id(sample)] for sample in samples]
+    def _judged_before(self, samples: list[Sample]) -> list[Finished]:
+        asked, texts = [self.questions[s.question] for s in samples], [s.completion for s in samples]
+        steps = [s.step_scores for s in samples]
+        if isinstance(self.judge, ScorerJudge) or not self.controller.reads_quantiles:
+            scores = self._last(asked, texts, steps)
+        else:
+            with stage("best_of_n.quantiles"):
+                scores = self.judge.judge(asked, texts)
+        return [
+            Finished(s.question, s.seed, Completion(question, s.seed, text, (), s.n_tokens, s.finished), judged)
+            for s, question, text, judged in zip(samples, asked, texts, scores, strict=True)
+        ]
 
-    def _result(
-        self, questions: Sequence[str], samples: list[list[Sample]], decisions: list[Decision], expected: list[float]
-    ) -> BestOfNResult:
-        answers, flat, verdicts = [], [], []
-        for question, drawn, p in zip(questions, samples, expected, strict=True):
-            own = [None if self.verifier is None else bool(self.verifier(question, s.completion)) for s in drawn]
-            scores = [aggregate_score(s.step_scores, self.aggregate) for s in drawn]
-            pick = max(range(len(drawn)), key=scores.__getitem__) if drawn else None
-            known = self.verifier is not None
-            answers.append(
-                Answer(
-                    question=question,
-                    completion=None if pick is None else drawn[pick].completion,
-                    score=None if pick is None else scores[pick],
-                    seed=None if pick is None else drawn[pick].seed,
-                    expected=p,
-                    drawn=len(drawn),
-                    n_tokens=sum(s.n_tokens for s in drawn),
-                    correct=(pick is not None and bool(own[pick])) if known else None,
-                    any_correct=any(own) if known else None,
-                )
+    def _last(self, asked: list[str], texts: list[str], steps: list[tuple[float, ...]]) -> list[StepScores]:
+        """Scores with the quantiles of the last step, where the controller reads them."""
+        if not isinstance(self.judge, ScorerJudge) or not self.controller.reads_quantiles:
+            return [StepScores(row) for row in steps]
+        with stage("best_of_n.quantiles"):
+            return self.judge.last(asked, texts, steps)
+
+    def _keep(self, finished: list[Finished]) -> None:
+        rows = [cast(int, row.key) for row in finished]
+        fresh = [row for row, i in zip(finished, rows, strict=True) if self.book.get(i, row.seed) is None]
+        if fresh:
+            self.book.add(
+                sample_of(cast(int, row.key), Evidence(row.seed, row.completion, row.scores)) for row in fresh
             )
-            flat += drawn
-            verdicts += own
-        return BestOfNResult(
-            tuple(answers), tuple(decisions), tuple(flat), tuple(verdicts), self.engine.policy_id, self.scorer.prm_id
-        )
 
 
-def _check_questions(questions: Sequence[str]) -> None:
-    if isinstance(questions, str) or not all(isinstance(question, str) for question in questions):
-        raise TypeError("questions must be a sequence of strings")
-    if len(questions) == 0:
-        raise ValueError("questions must have at least one entry, got 0")
+class _Rounds:
+    """Samples from an engine that works in batches, in the order in which they were asked for."""
+
+    def __init__(self, engine: Engine, questions: Sequence[str], batch_size: int) -> None:
+        self.engine, self.questions, self.batch_size = engine, questions, batch_size
+        self.queue: deque[Job] = deque()
+
+    def jobs(self) -> set[Job]:
+        """What is not finished."""
+        return set(self.queue)
+
+    def draw(self, jobs: Sequence[Job]) -> None:
+        """For one of the next calls of `advance`."""
+        self.queue.extend(jobs)
+
+    def abort(self, jobs: Collection[Job]) -> None:
+        """Before it was drawn."""
+        self.queue = deque(job for job in self.queue if job not in jobs)
+
+    def advance(self) -> list[tuple[Job, Completion]]:
+        """One call of the engine."""
+        chunk = [self.queue.popleft() for _ in range(min(self.batch_size, len(self.queue)))]
+        done = self.engine.sample([self.questions[i] for i, _ in chunk], [seed for _, seed in chunk])
+        if len(done) != len(chunk):
+            raise RuntimeError(f"engine must return one completion per prompt ({len(chunk)}), got {len(done)}")
+        return list(zip(chunk, done, strict=True))
+
+    def aborted_tokens(self) -> int:
+        """None: nothing is given up half way."""
+        return 0
 
 
-def _fields(row: Any) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in row.__slots__}
+class _Stream:
+    """Samples from an engine that takes them up one by one."""
 
+    def __init__(self, engine: StreamingEngine, questions: Sequence[str]) -> None:
+        self.engine, self.questions = engine, questions
+        self.running: dict[str, Job] = {}
+        self.request: dict[Job, str] = {}
+        self.before = engine.stats().generated_tokens
+        self.finished_tokens = 0
 
-def _trace(sample: Sample, question: str, verdict: bool | None) -> dict[str, Any]:
-    return {
-        "question_id": hashlib.sha1(question.encode()).hexdigest(),
-        "question": question,
-        "sample_id": f"{sample.question}-{sample.seed}",
-        "completion": sample.completion,
-        "prm_step_scores": list(sample.step_scores) or None,
-        "correct": verdict,
-        "n_tokens": sample.n_tokens,
-        "finished": sample.finished,
-    }
+    def jobs(self) -> set[Job]:
+        """What is not finished."""
+        return set(self.request)
 
+    def draw(self, jobs: Sequence[Job]) -> None:
+        """Hands the jobs to the engine."""
+        for job in jobs:
+            request = self.engine.submit(self.questions[job[0]], job[1])
+            self.running[request], self.request[job] = job, request
 
-def _trace_schema() -> Any:
-    import pyarrow as pa
+    def abort(self, jobs: Collection[Job]) -> None:
+        """Inside the engine."""
+        requests = [self.request.pop(job) for job in jobs if job in self.request]
+        for request in requests:
+            del self.running[request]
+        if requests:
+            self.engine.abort(requests)
 
-    from prmfast.traces import SCHEMA
+    def advance(self) -> list[tuple[Job, Completion]]:
+        """One step of the engine; what other users of the engine asked for is not taken from it."""
+        done = []
+        for request, completion in self.engine.poll():
+            job = self.running.pop(request)
+            del self.request[job]
+            self.finished_tokens += completion.n_tokens
+            done.append((job, completion))
+        return done
 
-    names = ("question_id", "question", "policy_id", "sample_id", "completion", "prm_step_scores", "correct")
-    return pa.schema([*((name, SCHEMA[name]) for name in names), ("n_tokens", pa.int64()), ("finished", pa.bool_())])
+    def aborted_tokens(self) -> int:
+        """Generated by requests that were given up."""
+        return max(0, self.engine.stats().generated_tokens - self.before - self.finished_tokens)

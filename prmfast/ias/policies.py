@@ -66,6 +66,8 @@ class BudgetPolicy(abc.ABC):
     __slots__ = ()
     uses_candidates: ClassVar[bool] = False
     """True: the policy reads ``state.candidates``, so the quantiles of finished answers must be computed."""
+    per_question: ClassVar[bool] = False
+    """True: row i of the budget depends on row i of the state only, so no question need wait for the others."""
 
     @abc.abstractmethod
     def budget(self, state: BudgetState) -> Tensor:
@@ -78,6 +80,7 @@ class FixedBudget(BudgetPolicy):
     """The same ``n`` >= 1 for every question: ordinary best-of-n."""
 
     n: int
+    per_question: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole("n", self.n, low=1)
@@ -98,6 +101,7 @@ class PointBudget(BudgetPolicy):
 
     target: float
     n_max: int
+    per_question: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         probability("target", self.target)
@@ -116,6 +120,7 @@ class TargetBudget(BudgetPolicy):
 
     target: float
     n_max: int
+    per_question: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         probability("target", self.target)
@@ -137,6 +142,7 @@ class BetaThresholdBudget(BudgetPolicy):
     target: float
     beta: float
     n_max: int
+    per_question: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         probability("target", self.target)
@@ -162,6 +168,7 @@ class TauStopping(BudgetPolicy):
     n_max: int
     step: int = 1
     uses_candidates: ClassVar[bool] = True
+    per_question: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         probability("tau", self.tau, closed=True)

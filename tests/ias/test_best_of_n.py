@@ -161,7 +161,8 @@ def test_tables() -> None:
     assert answers.num_rows == 60
     assert answers.column("drawn").to_pylist() == [a.drawn for a in result.answers]
     decisions = result.to_table("decisions")
-    assert set(decisions.column_names) == {"question", "round", "drawn", "budget", "expected", "why"}
+    said = {"question", "round", "drawn", "budget", "expected", "why"}
+    assert set(decisions.column_names) == said | {"success", "solved", "time"}
     assert decisions.num_rows == len(result.decisions)
     traces = validate(result.to_table("samples"))
     assert traces.num_rows == sum(a.drawn for a in result.answers)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from prmfast.calibration.data import CalibrationData
-from prmfast.engines.base import Completion
+from prmfast.engines.base import Completion, StepScores
 
 
 def uniform(*parts: object) -> float:
@@ -84,3 +86,30 @@ class KnowsP:
         assert data.hidden is not None
         p = data.hidden[:, :1]
         return p + (levels - 0.5) * 2 * torch.minimum(p, 1 - p) * 0.5
+
+
+PRIOR = (0.05, 0.2, 0.4, 0.7)
+
+
+def prior_questions(n: int) -> list[str]:
+    """Questions whose success probabilities are drawn from ``PRIOR``."""
+    return [question(i, PRIOR[int(4 * uniform("which", i))]) for i in range(n)]
+
+
+class BayesJudge:
+    """A calibrated PRM: knows ``PRIOR`` of a question, and reads a score N(+-1, 1) of an answer by Bayes' rule."""
+
+    prm_id = "bayes"
+
+    def judge(self, questions: Sequence[str], answers: Sequence[str | None]) -> list[StepScores]:
+        return [self.one(q, a) for q, a in zip(questions, answers, strict=True)]
+
+    @staticmethod
+    def one(q: str, a: str | None) -> StepScores:
+        base = sum(PRIOR) / len(PRIOR)
+        if a is None:
+            return StepScores((base,), torch.tensor([PRIOR]))
+        score = NormalDist(1.0 if verify(q, a) else -1.0).inv_cdf(uniform("score", q, a) + 2**-50)
+        odds = base / (1 - base) * math.exp(2 * score)
+        right = odds / (1 + odds)
+        return StepScores((right,), torch.full((1, len(PRIOR)), right))
