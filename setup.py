@@ -2,7 +2,7 @@
 
 PRMFAST_CUDA=1 also compiles the CUDA sources with the nvcc that is found (CUDA_HOME, then PATH); the default builds
 C++ only. PRMFAST_CUDA_ARCHITECTURES=90a (or 80) builds for one kind of GPU. PRMFAST_BUILD_JOBS bounds how many files
-are compiled at a time.
+are compiled at a time. An -O flag in CXXFLAGS replaces ours.
 """
 
 import concurrent.futures
@@ -15,7 +15,8 @@ import subprocess
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-CPP_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi"]
+OPTIMISE = [] if re.search(r"(^|\s)-O", os.environ.get("CXXFLAGS", "")) else ["-O3"]
+CPP_FLAGS = [*OPTIMISE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC"]
 CUDA_ARCHITECTURES = {
     "80": "[sm_80,compute_80]",

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from prmfast._version import __version__
 
 if TYPE_CHECKING:
-    from prmfast import calibration, engines, ias, ops, traces
+    from prmfast import calibration, distrl, engines, ias, ops, traces
 
-__all__ = ["__version__", "calibration", "engines", "ias", "ops", "traces"]
+__all__ = ["__version__", "calibration", "distrl", "engines", "ias", "ops", "traces"]
 
 _SUBPACKAGES = frozenset(__all__) - {"__version__"}
 

@@ -1,4 +1,4 @@
-"""The command line: ``prmfast demo | calibrate | evaluate | replay | bench | env``."""
+"""The command line: ``prmfast demo | label | calibrate | evaluate | replay | bench | env``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def user_errors(command: Command) -> Command:
 
         try:
             return command(*arguments, **options)
-        except (ValueError, TypeError, OSError, ArtifactError) as error:
+        except (ValueError, TypeError, OSError, ImportError, ArtifactError) as error:
             from rich.console import Console
             from rich.markup import escape
 
@@ -185,6 +185,56 @@ def demo(
     from prmfast.demo import run_demo
 
     run_demo(output, train=train, questions=questions, seed=seed, progress=not quiet, console=wide_console())
+
+
+@app.command()
+@user_errors
+def label(
+    questions: Annotated[
+        Path | None, typer.Argument(help="parquet or jsonl: question, answer; question_id, prompt (default: tiny)")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run; made if absent")] = Path("labels"),
+    policy: Annotated[str, typer.Option(help="hub id or folder of a causal language model; tiny: embedded")] = "tiny",
+    prm: Annotated[str | None, typer.Option(help="hub id or folder of a PRM whose scores and states are kept")] = None,
+    samples: Annotated[int, typer.Option(help="answers of each question")] = 4,
+    rollouts: Annotated[int, typer.Option(help="completions of each prefix; 0: no labels")] = 8,
+    bisection: Annotated[bool, typer.Option("--bisection", help="only search the first error of each answer")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="of an answer, and of a rollout")] = 1024,
+    temperature: Annotated[float, typer.Option(help="of the policy")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of every draw")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Sample answers, roll out their prefixes and write the labelled traces; an interrupted call continues."""
+    from prmfast.pipeline import LabelSettings, label_questions
+    from prmfast.pipeline.sources import policy_job, read_questions
+
+    settings = LabelSettings(samples, rollouts, "bisection" if bisection else "exhaustive", seed=seed)
+    table = None if questions is None else read_questions(questions)
+    if policy == "tiny":
+        from prmfast.tiny import TinyWorld
+
+        if prm not in (None, "tiny"):
+            raise ValueError(f"--prm must be tiny with the embedded policy, which has a PRM of its own, got {prm!r}")
+        world = TinyWorld.load()
+        asked: Any = world.questions(100, seed, split="calibration") if table is None else table
+        labeller = world.labeller(settings, temperature=temperature)
+    elif table is None:
+        raise ValueError(f"QUESTIONS must be given with --policy {policy}: the embedded ones are for the tiny policy")
+    else:
+        asked, labeller = policy_job(
+            table, policy, prm, settings, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+    try:
+        run = label_questions(asked, output, labeller, progress=not quiet)
+    except KeyboardInterrupt:
+        wide_console().print(f"interrupted; the same command continues in {output}", highlight=False)
+        raise typer.Exit(130) from None
+    lines = [f"{run.traces}: {run.answers} answers of {run.questions} questions"]
+    if rollouts:
+        saved = f"{run.saved:.0%} fewer than {run.exhaustive}" if bisection else "every step"
+        lines.append(f"{run.rollouts} rollouts of prefixes ({saved}), {run.question_rollouts} of empty answers")
+    for line in lines:
+        wide_console().print(line, highlight=False, markup=False)
 
 
 @app.command()

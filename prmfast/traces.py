@@ -13,7 +13,7 @@
 | hidden_states | list<list<float>> | the PRM's hidden state at each step |
 | question_score | double | PRM score of the empty answer, in [0, 1] |
 | question_hidden | list<float> | PRM hidden state of the empty answer |
-| step_successes, step_trials | list<int64> | Monte-Carlo rollouts from each step's prefix: k of n |
+| step_successes, step_trials | list<int64> | Monte-Carlo rollouts from each step's prefix: k of n, 0 of 0 if unknown |
 | question_successes, question_trials | int64 | rollouts of the empty answer: k of n |
 
 ``*`` required. ``qkey`` is read as question_id and ``model`` as policy_id. Unknown columns are kept as they are.
@@ -277,17 +277,22 @@ def _hidden(name: str, column: _Lists) -> list[Problem]:
 
 def _lengths(lists: dict[str, _Lists]) -> list[Problem]:
     found: list[Problem] = []
-    if "prm_step_scores" not in lists:
-        per_step = [name for name in ("hidden_states", "step_successes", "step_trials") if name in lists]
-        return [Problem(None, name, "come with prm_step_scores", "no such column") for name in per_step]
-    steps = lists["prm_step_scores"].lengths
     for name in ("steps", "hidden_states", "step_successes", "step_trials"):
-        if name not in lists:
+        # Rollouts need no PRM: where there are no scores, they go by the steps.
+        guides = ("prm_step_scores", "steps") if name in ("step_successes", "step_trials") else ("prm_step_scores",)
+        known = [guide for guide in guides if guide in lists]
+        if name not in lists or (name == "steps" and not known):
             continue
+        if not known:
+            found.append(Problem(None, name, f"come with {' or '.join(guides)}", "no such column"))
+            continue
+        wanted = lists[known[0]].lengths
+        if len(known) == 2:
+            wanted = np.where(wanted >= 0, wanted, lists[known[1]].lengths)
         lengths = lists[name].lengths
-        scored = (lengths >= 0) & ((steps >= 0) | (name != "steps"))
-        for row in np.flatnonzero(scored & (lengths != steps)):
-            rule = f"have one entry per score ({max(int(steps[row]), 0)})"
+        scored = (lengths >= 0) & ((wanted >= 0) | (name != "steps"))
+        for row in np.flatnonzero(scored & (lengths != wanted)):
+            rule = f"have one entry per {'step' if known[0] == 'steps' else 'score'} ({max(int(wanted[row]), 0)})"
             found.append(Problem(int(row), name, rule, str(lengths[row])))
     return found
 

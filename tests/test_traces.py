@@ -129,6 +129,23 @@ def test_what_breaks_the_schema_is_named_with_its_row(columns: dict[str, Any], m
         validate(table(**columns))
 
 
+def test_rollouts_need_steps_but_no_scores() -> None:
+    counts = {"step_successes": [[1, 2], [3], None], "step_trials": [[4, 4], [4], None]}
+    steps = [["one", "two"], ["one"], None]
+    for scores in (None, [None, None, None], [None, [0.5], None]):
+        checked = validate(table(prm_step_scores=scores, steps=steps, **counts))
+        assert checked.column("step_successes").to_pylist() == counts["step_successes"]
+    with pytest.raises(TraceError, match="step_trials must come with prm_step_scores or steps, got no such column"):
+        validate(table(prm_step_scores=None, **counts))
+    with pytest.raises(TraceError, match="hidden_states must come with prm_step_scores, got no such column"):
+        validate(table(prm_step_scores=None, steps=steps, hidden_states=[[[0.5], [0.5]], [[0.5]], None]))
+    with pytest.raises(TraceError, match=r"row 0: step_trials must have one entry per step \(1\), got 2"):
+        validate(table(prm_step_scores=None, steps=[["one"], ["one"], None], **counts))
+    wrong = {name: [None, [4, 4], None] for name in counts}
+    with pytest.raises(TraceError, match=r"row 1: step_successes must have one entry per score \(1\), got 2"):
+        validate(table(prm_step_scores=[None, [0.5], None], steps=[["one", "two"], ["one"], None], **wrong))
+
+
 def test_at_most_ten_problems_are_shown_in_row_order() -> None:
     rows = 25
     bad = pa.table(

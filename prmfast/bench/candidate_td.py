@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prmfast.bench import inputs
 from prmfast.bench.case import FLOOR, Call, Case, Job, Rival, Unavailable, Work, assert_close, op, require
-from prmfast.bench.picnn import compiled, jitted, to_jax, to_torch
+from prmfast.bench.rivals import compiled, jitted, to_jax, to_torch
 from prmfast.kernels.candidate_td.candidates import Candidates
 
 P_MIN, BETA, TOUCH = 0.1, 10.0, 1e-5

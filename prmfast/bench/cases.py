@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from prmfast.bench import candidate_td, dist_ppo, ias, picnn, serving
+from prmfast.bench import candidate_td, dist_ppo, ias, picnn, picnn_step, serving
 from prmfast.bench.case import Case
 from prmfast.bench.overhead import overhead_case
 
@@ -24,11 +24,11 @@ def _picnn() -> list[Case]:
     return [
         *(picnn.map_case("softplus", rows, 100).marked(**ALL, graph=True) for rows in (4096, 512, 64)),
         picnn.map_case("leaky_relu", 512, 100).marked(gpu=True, graph=True),
-        picnn.step_case(512).marked(**ALL),
+        picnn_step.step_case(512).marked(**ALL),
         *(serving.head_case(rows, 100).marked(gpu=True, cpu=False, graph=True) for rows in (1, 64, 512)),
         serving.head_case(8, 11).marked(quick=True),
         picnn.map_case("softplus", 8, 11).marked(quick=True),
-        picnn.step_case(16).marked(quick=True),
+        picnn_step.step_case(16).marked(quick=True),
         overhead_case(picnn.map_case("softplus", 1, 1, 8), "B=1 M=1"),
     ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from prmfast.bench import inputs
 from prmfast.bench.candidate_td import CHUNK, eager_logsumexp
 from prmfast.bench.case import DERIVED, FLOOR, Call, Case, Job, Rival, Work, assert_close, op, require
-from prmfast.bench.picnn import jitted, to_jax, to_torch
+from prmfast.bench.rivals import jitted, to_jax, to_torch
 from prmfast.kernels.candidate_td.candidates import Candidates
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28

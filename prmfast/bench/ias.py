@@ -12,7 +12,7 @@ from torch import Tensor
 from prmfast.bench import inputs
 from prmfast.bench.case import DERIVED, Call, Case, Job, Rival, Work, assert_close, require
 from prmfast.bench.ias_numba import numba_allocate, numba_budget, numba_curve
-from prmfast.bench.picnn import compiled, jitted, to_jax, to_torch
+from prmfast.bench.rivals import compiled, jitted, to_jax, to_torch
 
 TARGET, N_MAX = 0.9, 64
 CHECKED = {11: 1_000_000, 100: 200_000}  # rows whose budget is compared with float64 at the largest size, by M

@@ -12,7 +12,8 @@ from torch import Tensor
 from prmfast.bench import inputs
 from prmfast.bench.case import Call, Case, Job, Rival, Work, assert_close
 from prmfast.bench.ias import N_MAX, TARGET, bit_search_budget
-from prmfast.bench.picnn import compiled, dual_numbers
+from prmfast.bench.picnn import dual_numbers
+from prmfast.bench.rivals import compiled
 from prmfast.kernels.picnn.params import PicnnParams
 
 RIVALS = ("torch eager", "torch.compile")

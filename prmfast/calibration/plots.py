@@ -26,7 +26,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREY = "#555555"
 
 
-def _figure(
+def new_figure(
     rows: int = 1,
     columns: int = 1,
     *,
@@ -34,6 +34,7 @@ def _figure(
     height: float = 4.4,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
+    """A figure of ``rows * columns`` axes in the package's style, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,7 +48,8 @@ def _figure(
     return figure, list(axes.flat)
 
 
-def _style(i: int) -> dict[str, Any]:
+def line_style(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th curve."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4.5}
 
 
@@ -82,7 +84,7 @@ def reliability(
         kept = count > 0
         x = np.bincount(bin_of, p)[kept] / count[kept]
         height = np.bincount(bin_of, target)[kept] / count[kept]
-        axis.plot(x, height, linewidth=1.4, label=name, **_style(i))
+        axis.plot(x, height, linewidth=1.4, label=name, **line_style(i))
         share = np.histogram(np.clip(p, 0, 1), edges)[0] / len(p)
         below.step(edges, np.r_[share, share[-1:]], where="post", color=COLOURS[i % len(COLOURS)], linewidth=1.2)
     axis.set(ylabel="observed success rate", title=title, ylim=(-0.02, 1.02))
@@ -92,7 +94,7 @@ def reliability(
 
 
 def _stacked() -> tuple[Figure, tuple[Axes, Axes]]:
-    figure, (upper, lower) = _figure(2, 1, height=2.9, height_ratios=(3.2, 1.0))
+    figure, (upper, lower) = new_figure(2, 1, height=2.9, height_ratios=(3.2, 1.0))
     lower.sharex(upper)
     upper.tick_params(labelbottom=False)
     return figure, (upper, lower)
@@ -117,7 +119,7 @@ def quantile_curves(
     if len(points) != panels:
         raise ValueError(f"both methods must show the same prefixes, got {panels} and {len(points)}")
     columns = min(columns, panels)
-    figure, axes = _figure(-(-panels // columns), columns, width=3.5, height=3.0)
+    figure, axes = new_figure(-(-panels // columns), columns, width=3.5, height=3.0)
     for i, axis in enumerate(axes):
         if i >= panels:
             axis.set_visible(False)
@@ -159,14 +161,14 @@ def frontier(
     success: str = "questions solved (share)",
 ) -> Figure:
     """Success against cost: (mean samples [T], success [T]) by method, the fixed-N line and the true-p oracle."""
-    figure, (axis,) = _figure(width=6.4)
+    figure, (axis,) = new_figure(width=6.4)
     axis.plot(*map(_numpy, fixed), color=_GREY, linewidth=2.2, label="fixed N")
     if oracle is not None:
         axis.plot(*map(_numpy, oracle), color="black", linestyle="--", linewidth=1.4, label="oracle (true p)")
     for i, (name, (cost, value)) in enumerate(curves.items()):
         x, y = _numpy(cost), _numpy(value)
         order = np.argsort(x, kind="stable")
-        axis.plot(x[order], y[order], linewidth=1.3, label=name, **_style(i))
+        axis.plot(x[order], y[order], linewidth=1.3, label=name, **line_style(i))
     axis.set_xscale("log", base=2)
     from matplotlib.ticker import FuncFormatter
 
@@ -178,12 +180,12 @@ def frontier(
 
 def target_curves(curves: Mapping[str, Curve], *, title: str = "Target and success") -> Figure:
     """Realised success against the target asked for: (targets [T], success [T]) by method; on the line is kept."""
-    figure, (axis,) = _figure(width=6.4)
+    figure, (axis,) = new_figure(width=6.4)
     targets = np.concatenate([_numpy(x) for x, _ in curves.values()])
     ends = [float(targets.min()), float(targets.max())]
     axis.plot(ends, ends, color=_GREY, linestyle="--", linewidth=1.2, label="success = target")
     for i, (name, (asked, value)) in enumerate(curves.items()):
-        axis.plot(_numpy(asked), _numpy(value), linewidth=1.3, label=name, **_style(i))
+        axis.plot(_numpy(asked), _numpy(value), linewidth=1.3, label=name, **line_style(i))
     axis.set(xlabel="target success probability", ylabel="questions solved (share)", title=title)
     axis.legend(fontsize=8, frameon=False, loc="upper left")
     return figure
@@ -196,7 +198,7 @@ def pit_histogram(
 
     The band takes rows as independent; prefixes of one question are not, so it is narrow for them.
     """
-    figure, axes = _figure(1, len(pits), width=3.3, height=3.2)
+    figure, axes = new_figure(1, len(pits), width=3.3, height=3.2)
     top = 0.0
     for i, (axis, (name, values)) in enumerate(zip(axes, pits.items(), strict=True)):
         u = _numpy(values)

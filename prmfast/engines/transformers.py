@@ -21,7 +21,8 @@ class TransformersEngine:
     not used.
 
     model: any causal LM with ``generate`` · tokenizer: its tokenizer; the padding side does not matter
-    max_new_tokens: length limit behind prompt and prefix · stop: strings that end an answer (kept in its text)
+    max_new_tokens: length limit behind prompt and prefix · stop: strings that end an answer, kept in its text with
+    what else the last token holds
     """
 
     def __init__(
@@ -77,11 +78,38 @@ class TransformersEngine:
             keys = sample_keys(
                 torch.tensor([text_key(prompts[i]) for i in batch]), torch.tensor([seeds[i] for i in batch])
             )
-            for i, (new, finished) in zip(batch, self._generate(starts, keys), strict=True):
+            for i, (new, finished, stop) in zip(batch, self._generate(starts, keys), strict=True):
                 ids = tuple(answers[i] + new)
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                done[i] = Completion(prompts[i], seeds[i], text, ids, len(new), finished)
+                done[i] = Completion(prompts[i], seeds[i], self.text(ids), ids, len(new), finished, stop)
         return [done[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def logprobs(self, prompts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Natural log-probability, at temperature 1, of each token of an answer behind its prompt.
+
+        ``token_ids`` as in `Completion.token_ids`; one forward pass an answer, so no answer depends on another.
+        ValueError for unequal lengths and an empty prompt.
+        """
+        from prmfast.ops import token_logprob
+
+        if len(token_ids) != len(prompts):
+            raise ValueError(f"token_ids must have one entry per prompt ({len(prompts)}), got {len(token_ids)}")
+        found: list[list[float]] = []
+        for i, (prompt, answer) in enumerate(zip(prompts, token_ids, strict=True)):
+            start = self._encode(prompt, special=True)
+            if not start:
+                raise ValueError(f"prompts[{i}] must have at least one token, got none")
+            if not answer:
+                found.append([])
+                continue
+            ids = torch.tensor([[*start, *answer]], device=self.model.device)
+            logits = self.model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1]
+            found.append(token_logprob(logits, ids[0, len(start) :]).tolist())
+        return found
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of the first tokens of an answer, as in `Completion.text`."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text else []
@@ -97,8 +125,8 @@ class TransformersEngine:
             )
 
     @torch.no_grad()
-    def _generate(self, starts: list[list[int]], keys: Tensor) -> list[tuple[list[int], bool]]:
-        """New token ids of each row and whether it ended by itself."""
+    def _generate(self, starts: list[list[int]], keys: Tensor) -> list[tuple[list[int], bool, str | None]]:
+        """New token ids of each row, whether it ended by itself, and by which stop string."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         device = self.model.device
@@ -128,7 +156,7 @@ class TransformersEngine:
             stopping_criteria=StoppingCriteriaList([ends]),
         )
         new = drawn[:, width:].tolist()
-        return [(row[:n], end) for row, n, end in zip(new, ends.length, ends.done, strict=True)]
+        return [(row[:n], *end) for row, n, *end in zip(new, ends.length, ends.done, ends.found, strict=True)]
 
 
 class _Draw:
@@ -152,25 +180,28 @@ class _Ends:
         self.tokenizer, self.start, self.end_ids, self.stop = tokenizer, start, end_ids, stop
         self.done: list[bool] = []
         self.length: list[int] = []
+        self.found: list[str | None] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         n = input_ids.shape[1] - self.start
         if not self.done:
             self.done, self.length = [False] * len(input_ids), [0] * len(input_ids)
+            self.found = [None] * len(input_ids)
         ended = torch.isin(input_ids[:, -1], self.end_ids).tolist()
         for i in range(len(input_ids)):
             if not self.done[i]:
                 self.length[i] = n
-                self.done[i] = ended[i] or self._stopped(input_ids[i])
+                self.found[i] = None if ended[i] else self._stopped(input_ids[i])
+                self.done[i] = ended[i] or self.found[i] is not None
         return torch.tensor(self.done, device=input_ids.device)
 
-    def _stopped(self, row: Tensor) -> bool:
+    def _stopped(self, row: Tensor) -> str | None:
         if not self.stop:
-            return False
+            return None
         # A stop string spans at most as many tokens as it has bytes.
         window = max(len(stop.encode()) for stop in self.stop) + 1
         text = self.tokenizer.decode(row[max(self.start, len(row) - window) :], skip_special_tokens=False)
-        return any(stop in text for stop in self.stop)
+        return next((stop for stop in self.stop if stop in text), None)
 
 
 def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,3 +59,15 @@ def at_level(quantiles: Tensor, level: float) -> Tensor:
     below = int(place)
     above = min(below + 1, columns - 1)
     return torch.lerp(quantiles[..., below].double(), quantiles[..., above].double(), place - below)
+
+
+def question_list(questions: object) -> None:
+    """At least one string in a sequence."""
+    if isinstance(questions, str) or not isinstance(questions, Sequence) or not _strings(questions):
+        raise TypeError("questions must be a sequence of strings")
+    if len(questions) == 0:
+        raise ValueError("questions must have at least one entry, got 0")
+
+
+def _strings(values: Sequence[object]) -> bool:
+    return all(isinstance(value, str) for value in values)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prmfast.prm import losses
-    from prmfast.prm.adapter import EncodedChain, PRMAdapter
+    from prmfast.prm.adapter import EncodedChain, PRMAdapter, PRMError
     from prmfast.prm.auto import AutoPRM
     from prmfast.prm.heads import (
         ProcessRewardHead,
@@ -51,6 +51,7 @@ _WHERE = {
     "EncodedChain": "adapter",
     "MathShepherd": "math_shepherd",
     "PRMAdapter": "adapter",
+    "PRMError": "adapter",
     "ProcessRewardHead": "heads",
     "QuantileHead": "heads",
     "QwenMathPRM": "qwen",
@@ -68,6 +69,7 @@ __all__ = [
     "EncodedChain",
     "MathShepherd",
     "PRMAdapter",
+    "PRMError",
     "ProcessRewardHead",
     "QuantileHead",
     "QwenMathPRM",

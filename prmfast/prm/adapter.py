@@ -73,10 +73,11 @@ class PRMAdapter(abc.ABC):
         for token in self.special_tokens:
             self._one_token(tokenizer, token)
         self.step_token_id(tokenizer)
-        if len(tokenizer) > config.vocab_size:
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= config.vocab_size:
             raise PRMError(
-                f"{self.name}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; "
-                "load the tokenizer that was released with the checkpoint"
+                f"{self.name}: the tokenizer has a token id {largest}, the model's vocabulary {config.vocab_size} "
+                "entries; load the tokenizer that was released with the checkpoint"
             )
 
     def _one_token(self, tokenizer: Any, token: str) -> int:

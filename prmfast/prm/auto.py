@@ -89,7 +89,7 @@ class AutoPRM:
             device: of both; None is the CPU.
             adapter: a name (`names`) or an adapter with options, where the config does not say or another reading is
                 wanted.
-            prm_id: defaults to the hub id with its revision, or the folder's name.
+            prm_id: defaults to `default_prm_id`.
             calibrator, levels, batch_size: see `TransformersPRM`.
 
         Raises PRMError where no adapter matches, the tokenizer does not fit, or tensors are missing.
@@ -103,26 +103,30 @@ class AutoPRM:
         tensors = Checkpoint(name, revision)
         chosen = cls.adapter(config, tensors.names, choice=adapter)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        chosen.check(config, tokenizer)
+        chosen.check(config, tokenizer)  # before the backbone is read, which may take minutes
         head = chosen.head(config, tokenizer).to(torch.float64 if dtype == torch.float64 else torch.float32)
         try:
             head.load(tensors.read(head.checkpoint_names))
         except (KeyError, ValueError) as error:
             raise PRMError(f"{name}: {error.args[0]}") from error
         model = _backbone(name, config, revision, dtype).to(device or "cpu")
-        if prm_id is None:
-            folder = Path(name).resolve().name if os.path.isdir(name) else name
-            prm_id = folder if revision is None else f"{folder}@{revision}"
         return TransformersPRM(
             model,
             head,
             tokenizer,
             chosen,
-            prm_id=prm_id,
+            prm_id=prm_id or default_prm_id(name, revision),
             calibrator=calibrator,
             levels=levels,
             batch_size=batch_size,
         )
+
+
+def default_prm_id(directory: str | os.PathLike[str], revision: str | None = None) -> str:
+    """The hub id, or the name of the folder; ``@revision`` behind it where one was asked for."""
+    name = os.fspath(directory)
+    folder = Path(name).resolve().name if os.path.isdir(name) else name
+    return folder if revision is None else f"{folder}@{revision}"
 
 
 def _backbone(name: str, config: Any, revision: str | None, dtype: torch.dtype | None) -> Any:
@@ -134,7 +138,12 @@ def _backbone(name: str, config: Any, revision: str | None, dtype: torch.dtype |
     logging.set_verbosity_error()  # the head's tensors are none of the backbone's: no report about them
     try:
         model, report = AutoModel.from_pretrained(
-            name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True
+            name,
+            config=config,
+            revision=revision,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     finally:
         logging.set_verbosity(level)

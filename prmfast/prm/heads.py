@@ -77,7 +77,7 @@ class ProcessRewardHead(StepHead):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [n, 2] (wrong, right)."""
-        logits: Tensor = self.score(hidden.to(self.score[0].weight.dtype))
+        logits: Tensor = self.score(hidden.to(next(self.score.parameters()).dtype))
         return logits
 
     def probability(self, logits: Tensor) -> Tensor:
@@ -87,6 +87,7 @@ class ProcessRewardHead(StepHead):
     def log_odds(self) -> tuple[nn.Module, Tensor, Tensor]:
         """W = w[1] - w[0], b = b[1] - b[0] behind the first layer and its ReLU."""
         last = self.score[2]
+        assert isinstance(last, nn.Linear)
         return self.score[:2], last.weight[1] - last.weight[0], last.bias[1] - last.bias[0]
 
 

@@ -76,7 +76,8 @@ class MathShepherd(PRMAdapter):
 
     def _ids(self, tokenizer: Any, text: str, tag: list[int], *, first: bool) -> list[int]:
         if first:
-            return [int(i) for i in tokenizer(text)["input_ids"]]
+            whole = [int(i) for i in tokenizer(text)["input_ids"]]
+            return whole[:-1] if whole[-1] == tokenizer.eos_token_id else whole
         ids = [int(i) for i in tokenizer.encode(TAG + text, add_special_tokens=False)]
         if ids[: len(tag)] != tag:
             raise PRMError(

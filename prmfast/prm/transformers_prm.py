@@ -59,8 +59,8 @@ class TransformersPRM:
         if not isinstance(head, StepHead):
             raise TypeError(f"head must be a StepHead, got {type(head).__name__}")
         adapter.check(model.config, tokenizer)
-        self.model = model.eval().requires_grad_(False)
-        self.head = head.to(model.device).eval().requires_grad_(False)
+        self.model = model.eval()
+        self.head = head.to(model.device).eval()
         self.tokenizer = tokenizer
         self.adapter = adapter
         self.prm_id = prm_id

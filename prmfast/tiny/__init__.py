@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prmfast.tiny.engine import TinyEngine
+    from prmfast.tiny.learner import TinyLearner
     from prmfast.tiny.prm import TinyPRM
     from prmfast.tiny.train import TrainSettings, train_world
     from prmfast.tiny.world import TinyWorld, WorldInfo
 
-__all__ = ["TinyEngine", "TinyPRM", "TinyWorld", "TrainSettings", "WorldInfo", "train_world"]
+__all__ = ["TinyEngine", "TinyLearner", "TinyPRM", "TinyWorld", "TrainSettings", "WorldInfo", "train_world"]
 
 _HOME = {
     "TinyEngine": "engine",
+    "TinyLearner": "learner",
     "TinyPRM": "prm",
     "TinyWorld": "world",
     "TrainSettings": "train",

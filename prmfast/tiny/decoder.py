@@ -8,6 +8,7 @@ sample is a function of (prompt, prefix, seed) and never of the batch around it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,9 @@ def distribution(logits: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Drawn sequences: ids [S, 37] with prompt and answer, padded on the right; length [S]; finished [S] (bool)."""
+    """Drawn sequences: ids [S, 37] with prompt and answer, padded on the right; length [S]; finished [S] (bool), by an
+    end token or a stop token.
+    """
 
     ids: Tensor
     length: Tensor
@@ -54,8 +57,16 @@ class Decoder:
 
     @one_thread()
     @torch.no_grad()
-    def sample(self, prompts: Tensor, index: Tensor, keys: Tensor, *, temperature: float = 1.0) -> Samples:
-        """One sample per row of ``index``.
+    def sample(
+        self,
+        prompts: Tensor,
+        index: Tensor,
+        keys: Tensor,
+        *,
+        temperature: float = 1.0,
+        stop_ids: Sequence[int] = (),
+    ) -> Samples:
+        """One sample per row of ``index``, until an end token, one of ``stop_ids`` or the length limit.
 
         prompts: int64 [P, L], distinct token sequences padded on the right, L <= 37
         index: int64 [S], which prompt each sample continues · keys: int64 [S] from ``engines.random.sample_keys``
@@ -69,7 +80,7 @@ class Decoder:
         finished = torch.zeros(len(index), dtype=torch.bool)
         for rows in order.split(self.batch_size):
             used, local = index[rows].unique(return_inverse=True)
-            run = _Run(self, prompts[used], local, keys[rows], temperature)
+            run = _Run(self, prompts[used], local, keys[rows], temperature, (EOS_ID, *stop_ids))
             run.finish()
             ids[rows], length[rows], finished[rows] = run.ids, run.length, run.finished
         return Samples(ids, length, finished)
@@ -83,8 +94,16 @@ class Decoder:
 class _Run:
     """One batch of samples on its way through the decoder."""
 
-    def __init__(self, decoder: Decoder, prompts: Tensor, index: Tensor, keys: Tensor, temperature: float) -> None:
-        self.decoder, self.keys, self.temperature = decoder, keys, temperature
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Tensor,
+        index: Tensor,
+        keys: Tensor,
+        temperature: float,
+        ends: Sequence[int],
+    ) -> None:
+        self.decoder, self.keys, self.temperature, self.ends = decoder, keys, temperature, torch.tensor(ends)
         lengths = (prompts != PAD_ID).sum(1)
         self.length = lengths[index].clone()
         self.ids = torch.full((len(index), MAX_LENGTH), PAD_ID)
@@ -125,8 +144,9 @@ class _Run:
         """Draw tokens until every sample has ended."""
         while len(self.active):
             tokens = self._draw()
-            alive = (tokens != EOS_ID) & (self.length[self.active] < MAX_LENGTH)
-            self.finished[self.active[tokens == EOS_ID]] = True
+            ended = torch.isin(tokens, self.ends)
+            alive = ~ended & (self.length[self.active] < MAX_LENGTH)
+            self.finished[self.active[ended]] = True
             self.active = self.active[alive]
             if len(self.active):
                 tokens = self._fork(self.node[alive] * VOCAB_SIZE + tokens[alive])

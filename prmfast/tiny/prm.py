@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from prmfast._files import atomic_path, write_text
 from prmfast._threads import one_thread
+from prmfast.engines.base import StepScores
 from prmfast.tiny.decoder import MAX_LENGTH
 from prmfast.tiny.engine import start_ids
 from prmfast.tiny.policy import Policy, forward
@@ -147,7 +148,7 @@ class TinyPRMNet(nn.Module):
 
 
 class TinyPRM:
-    """Implements ``prmfast.engines.Scorer``: scores in [0, 1] of every step, and of the answer not yet begun.
+    """Implements ``Scorer`` and ``Judge``: scores in [0, 1] of every step, and of the answer not yet begun.
 
     The scores are too high, by construction: trained on any-of-4 labels of questions with at most 5 operations.
     ``features`` and ``question_state`` give the input of the last layer (32 numbers) for a calibrator.
@@ -160,11 +161,11 @@ class TinyPRM:
 
     def score(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[list[float]]]:
         """Scores [question][answer][step]; a step ends at ``;`` or with the answer, as in ``task.split_steps``."""
-        return [[score.tolist() for score, _ in row] for row in self.judge(questions, answers)]
+        return [[score.tolist() for score, _ in row] for row in self.step_outputs(questions, answers)]
 
     def features(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[Tensor]]:
         """Hidden states [steps, 32] of every answer, indexed [question][answer]."""
-        return [[state for _, state in row] for row in self.judge(questions, answers)]
+        return [[state for _, state in row] for row in self.step_outputs(questions, answers)]
 
     @one_thread()
     def question_state(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -178,8 +179,24 @@ class TinyPRM:
         logit, state = self.net(states, rows, torch.zeros_like(rows))
         return logit.sigmoid(), state
 
+    def judge(self, questions: Sequence[str], answers: Sequence[str | None]) -> list[StepScores]:
+        """Scores of one answer per question, without quantiles; None is the empty answer; see ``Judge.judge``."""
+        if isinstance(questions, str) or isinstance(answers, str):
+            raise TypeError("questions and answers must be sequences of strings, got one string")
+        if len(questions) != len(answers):
+            raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
+        empty = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
+        firsts = iter(self.question_state(empty)[0].tolist())
+        rows = iter(self.score(questions, [[] if answer is None else [answer] for answer in answers]))
+        return [
+            StepScores((next(firsts),) if answer is None else tuple(row[0]))
+            for answer, row in zip(answers, rows, strict=True)
+        ]
+
     @one_thread()
-    def judge(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[tuple[Tensor, Tensor]]]:
+    def step_outputs(
+        self, questions: Sequence[str], answers: Sequence[Sequence[str]]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
         """Score [steps] and hidden states [steps, 32] of every answer, in one pass over the distinct ones.
 
         ValueError for unequal lengths or malformed text, TypeError for a bare string where a list of answers belongs.

@@ -23,6 +23,8 @@ from prmfast.tiny.prm import TinyPRM, file_digest
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from prmfast.pipeline import Labeller, LabelSettings
+
 
 _ANSWERS_A_CALL = 4096
 
@@ -172,7 +174,7 @@ class TinyWorld:
         with progress_bar(len(questions), "PRM scores", progress) as bar:
             for part in _chunks(list(range(len(questions))), max(1, _ANSWERS_A_CALL // per_question)):
                 answers = [texts[i * per_question : (i + 1) * per_question] for i in part]
-                judged += [j for row in self.prm.judge([questions[i] for i in part], answers) for j in row]
+                judged += [j for row in self.prm.step_outputs([questions[i] for i in part], answers) for j in row]
                 bar.advance(len(part))
         score, state = self.prm.question_state(questions)
         return {
@@ -213,6 +215,13 @@ class TinyWorld:
             "question_successes": [k for k in at_question for _ in range(per_question)],
             "question_trials": [rollouts] * len(rows),
         }
+
+    def labeller(self, settings: LabelSettings | None = None, *, temperature: float = 1.0) -> Labeller:
+        """This world for ``prmfast.pipeline.label_questions``: engine, verifier, PRM and where its answers are cut."""
+        from prmfast.pipeline import Labeller, LabelSettings, SplitAfter
+
+        engine = TinyEngine(self.engine.decoder, self.engine.policy_id, temperature=temperature)
+        return Labeller(engine, self.verify, self.prm, SplitAfter(task.STEP), settings or LabelSettings())
 
     def tokenizer(self) -> Any:
         """The policy's Hugging Face tokenizer (needs transformers)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prmfast._vllm import require_vllm
@@ -21,6 +20,13 @@ ARCHITECTURES = {
     "pqm": "PrmfastPQM",
 }
 """Architecture by adapter. Registered adapters of one's own run under `OTHER`, named in the settings."""
+BACKBONES = {
+    "qwen2": "vllm.model_executor.models.qwen2.Qwen2Model",
+    "qwen3": "vllm.model_executor.models.qwen3.Qwen3Model",
+    "llama": "vllm.model_executor.models.llama.LlamaModel",
+    "mistral": "vllm.model_executor.models.mistral.MistralModel",
+}
+"""Decoder without head by the config's model_type; all of them name their weights ``model.*``."""
 OTHER = "PrmfastStepRewardModel"
 IO_PROCESSOR = "prmfast"
 
@@ -58,7 +64,8 @@ def prm_engine_args(
     from transformers import AutoConfig, AutoTokenizer
     from vllm.config import PoolerConfig
 
-    from prmfast.prm.auto import AutoPRM, Checkpoint
+    from prmfast.prm.adapter import PRMError
+    from prmfast.prm.auto import AutoPRM, Checkpoint, default_prm_id
     from prmfast.vllm.estimates import load_checked
 
     name = os.fspath(model)
@@ -66,6 +73,11 @@ def prm_engine_args(
     chosen = AutoPRM.adapter(config, Checkpoint(name, revision).names, choice=adapter)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     chosen.check(config, tokenizer)
+    if config.model_type not in BACKBONES:
+        raise PRMError(
+            f"{name}: config.model_type must be one of {', '.join(BACKBONES)} for a PRM on vLLM, got "
+            f"{config.model_type!r}; AutoPRM.from_pretrained reads it with transformers"
+        )
     artifacts = {"default": calibrator} if isinstance(calibrator, (str, os.PathLike)) else dict(calibrator or {})
     given: dict[str, Any] = {
         "adapter": chosen.name,
@@ -92,10 +104,10 @@ def prm_engine_args(
 
 
 def prm_server_args(model: str | os.PathLike[str], **options: Any) -> list[str]:
-    """Command-line arguments of ``vllm serve`` (``python -m vllm.entrypoints.openai.api_server``) for a PRM.
+    """Command-line arguments of ``python -m vllm.entrypoints.openai.api_server`` for a PRM.
 
-    ``options`` as in `prm_engine_args`; ``[name, "--runner", "pooling", ...]``, ready for ``subprocess`` or
-    ``shlex.join``.
+    Options as in `prm_engine_args`. ``["--model", name, "--runner", "pooling", ...]``; ``vllm serve`` takes the same
+    without the first word.
     """
     arguments = prm_engine_args(model, **options)
     out = ["--model", arguments.pop("model")]
@@ -107,12 +119,6 @@ def prm_server_args(model: str | os.PathLike[str], **options: Any) -> list[str]:
         elif value is not None:
             out += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
     return out
-
-
-def default_prm_id(model: str, revision: str | None) -> str:
-    """The hub id with its revision or the folder's name, as `AutoPRM.from_pretrained` names it."""
-    name = Path(model).resolve().name if os.path.isdir(model) else model
-    return name if revision is None else f"{name}@{revision}"
 
 
 def check_plugin() -> None:
@@ -134,7 +140,7 @@ def check_plugin() -> None:
 
 def check_engine(config: Any, adapter: PRMAdapter | None, tokenizer: Any) -> tuple[PRMSettings, PRMAdapter, Any]:
     """Settings, adapter and tokenizer of an engine's ``vllm_config``; RuntimeError where it serves no such PRM."""
-    from prmfast.prm.auto import AutoPRM
+    from prmfast.prm.auto import AutoPRM, default_prm_id
 
     model = config.model_config
     ours = {*ARCHITECTURES.values(), OTHER} & set(model.architectures)

@@ -61,7 +61,7 @@ class Asked:
 _asked: ContextVar[Asked] = ContextVar("asked")
 
 
-class PRMIOProcessor(IOProcessor):  # type: ignore[type-arg]
+class PRMIOProcessor(IOProcessor):
     """Turns `ScoreData` into prompts and rows into JSON, with the engine's own adapter and tokenizer."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:

@@ -12,16 +12,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from prmfast.prm.adapter import PRMError
-from prmfast.vllm.arguments import check_engine
+from prmfast.vllm.arguments import BACKBONES, check_engine
 from prmfast.vllm.pooler import StepPooler
-
-BACKBONES = {
-    "qwen2": "vllm.model_executor.models.qwen2.Qwen2Model",
-    "qwen3": "vllm.model_executor.models.qwen3.Qwen3Model",
-    "llama": "vllm.model_executor.models.llama.LlamaModel",
-    "mistral": "vllm.model_executor.models.mistral.MistralModel",
-}
-"""Decoder without head by the config's model_type; all of them name their weights ``model.*``."""
 
 
 @default_pooling_type(tok_pooling_type="ALL")  # "STEP" would turn chunked prefill and prefix caching off
@@ -40,9 +32,13 @@ class StepRewardModel(nn.Module, SupportsPP):
         config = model.hf_config
         settings, adapter, tokenizer = check_engine(vllm_config, None, None)
         adapter.check(config, tokenizer)
+        if config.model_type not in BACKBONES:
+            raise PRMError(f"config.model_type must be one of {', '.join(BACKBONES)}, got {config.model_type!r}")
         settings = settings.model_copy(update={"step_token_id": adapter.step_token_id(tokenizer)})
         self.name = f"{adapter.name} ({model.model})"
-        self.model = _backbone(config)(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model = resolve_obj_by_qualname(BACKBONES[config.model_type])(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
+        )
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         # float32 whatever the model's dtype is: half precision would show in the scores
         head = adapter.head(config, tokenizer).float()
@@ -50,7 +46,8 @@ class StepRewardModel(nn.Module, SupportsPP):
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """The decoder's embedding."""
-        out: Tensor = self.model.embed_input_ids(input_ids)
+        embed: Any = self.model.embed_input_ids  # a Module's attributes are typed as tensors and modules
+        out: Tensor = embed(input_ids)
         return out
 
     def forward(
@@ -81,12 +78,3 @@ class StepRewardModel(nn.Module, SupportsPP):
         except (KeyError, ValueError) as error:
             raise PRMError(f"the checkpoint is no {self.name}: {error.args[0]}") from error
         return loaded | {f"pooler.head.{name}" for name, _ in head.named_parameters()}
-
-
-def _backbone(config: Any) -> type[nn.Module]:
-    if config.model_type not in BACKBONES:
-        raise PRMError(
-            f"config.model_type must be one of {', '.join(BACKBONES)} for a PRM on vLLM, got {config.model_type!r}"
-        )
-    found: type[nn.Module] = resolve_obj_by_qualname(BACKBONES[config.model_type])
-    return found

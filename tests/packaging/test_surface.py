@@ -18,7 +18,20 @@ PUBLIC = sorted(
     for info in pkgutil.walk_packages(prmfast.__path__, "prmfast.")
     if not any(part.startswith("_") for part in info.name.split(".")[1:])
 )
-CURATED = tuple(f"prmfast{name}" for name in ("", ".ops", ".calibration", ".ias", ".engines", ".prm", ".tiny"))
+_NOUNS = (
+    ".ops",
+    ".calibration",
+    ".distrl",
+    ".ias",
+    ".engines",
+    ".prm",
+    ".prm.data",
+    ".prm.losses",
+    ".pipeline",
+    ".evaluation",
+    ".tiny",
+)
+CURATED = ("prmfast", *(f"prmfast{name}" for name in _NOUNS))
 
 
 @pytest.mark.parametrize("name", CURATED)
@@ -32,11 +45,12 @@ def test_curated_names_are_unique_and_resolve(name: str) -> None:
 
 
 def test_the_names_that_others_build_on() -> None:
-    from prmfast import calibration, engines, ias, ops, prm
+    from prmfast import calibration, distrl, engines, ias, ops, prm
 
     fixed = {
         ops: {"picnn_map", "ias_budget", "ias_curve", "ias_allocate", "resolve", "available"},
         calibration: {"CondOTCalibrator", "QuantileRegressionCalibrator", "CalibrationData", "metrics", "plots"},
+        distrl: {"gae", "group_normalised_outcome", "distrl_advantages", "distrl_loss"},
         ias: {"BudgetPolicy", "BestOfN", "compute_n_ias", "determine_k", "determine_m", "replay"},
         engines: {"TransformersEngine"},
         prm: {"AutoPRM", "losses"},

@@ -36,27 +36,40 @@ SIZES = {
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<extra_0>")
 
 
-def byte_level(special: tuple[str, ...], merges: tuple[tuple[str, str], ...] = (("s", "t"), ("Ġ", "S"))) -> Any:
-    """Bytes as tokens 0..255 in the order of the byte-level alphabet, the merges, the special tokens."""
+def byte_level(
+    special: tuple[str, ...] | dict[str, int], merges: tuple[tuple[str, str], ...] = (("s", "t"), ("Ġ", "S"))
+) -> Any:
+    """Bytes as tokens 0..255 in the order of the byte-level alphabet, the merges, the special tokens.
+
+    The special tokens follow, or have ids of their own.
+    """
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
+    vocabulary = {piece: i for i, piece in enumerate(pieces)} | (special if isinstance(special, dict) else {})
+    special = tuple(special)
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[0])
 
 
-def sentencepiece(*, tag: str = "joined", scheme: str = "metaspace", pad: str | None = None) -> Any:
+def sentencepiece(
+    *, tag: str = "joined", scheme: str = "metaspace", pad: str | None = None, released: bool = False
+) -> Any:
     """Mistral's kind: ▁ for spaces, byte fallback for line breaks, <s> in front; id 1 is <s>.
 
     tag: " ки" is one token ("joined"), or "▁" and "ки" ("apart"), or missing ("none")
+    released: "▁+", "▁-" and the tag have the ids of the released tokenizer
     scheme: where the first ▁ comes from; "metaspace" as files are written today, "prepend" as they were
     """
     merges = [("▁", "▁"), ("▁", "+"), ("▁", "-"), ("S", "t"), ("▁", "St"), ("e", "p")]
     merges += {"joined": [("к", "и"), ("▁", "ки")], "apart": [("к", "и")], "none": []}[tag]
     letters = ["▁", *(chr(i) for i in range(33, 127)), *([] if tag == "none" else "ки")]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map("".join, merges), *letters]
-    bpe = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    if released:
+        vocabulary |= {"▁+": 648, "▁-": 387, "▁ки" if tag == "joined" else "ки": 12902}
+    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     if scheme == "prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -70,6 +83,15 @@ def sentencepiece(*, tag: str = "joined", scheme: str = "metaspace", pad: str | 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=pad
     )
+
+
+def with_end(tokenizer: Any) -> Any:
+    """The same tokenizer, appending its end token to every text."""
+    single = f"{tokenizer.bos_token or ''} $A {tokenizer.eos_token}".strip()
+    special = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token is not None]
+    pairs = [(token, tokenizer.convert_tokens_to_ids(token)) for token in special]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
+    return tokenizer
 
 
 class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):
@@ -157,7 +179,14 @@ def save(kind: str, folder: Path, **options: Any) -> tuple[Path, Any, Any]:
     model, tokenizer = make(kind, **options)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
     if kind == "pqm":  # TRL leaves the language model's name in the config
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["LlamaForCausalLM"]}))
+        config["architectures"] = ["LlamaForCausalLM"]
+    if kind == "qwen":  # the hub's config points at remote code
+        config["auto_map"] = {
+            "AutoConfig": "configuration_qwen2_rm.Qwen2RMConfig",
+            "AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel",
+        }
+    path.write_text(json.dumps(config))
     return folder, model.double(), tokenizer

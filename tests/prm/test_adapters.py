@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from prmfast.prm import MathShepherd, PRMAdapter, QwenMathPRM, ReasonEval, ValueHeadPRM
-from prmfast.prm.adapter import PRMError
-from tests.prm.models import CHATML, byte_level, sentencepiece
+from prmfast.prm import MathShepherd, PRMAdapter, PRMError, QwenMathPRM, ReasonEval, ValueHeadPRM
+from tests.prm.models import CHATML, byte_level, sentencepiece, with_end
 
 QUESTION = "What is 1+1?"
 QWEN, PQM = byte_level(CHATML), byte_level(("<|endoftext|>", "[PRM]"))
@@ -100,16 +99,83 @@ def test_reasoneval_34b_has_no_index_off_by_one() -> None:
     assert adapter.encode(tokenizer, "Q", ["ab", "c"]) == ReasonEval().encode(tokenizer, "Q", ["ab", "c"])
 
 
-GOLDEN: dict[str, Any] = {
-    "qwen": None,
+# in tokenizers whose special tokens have the released ids, so far as they are known; letters differ
+RELEASED_IDS = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<extra_0>": 151651}
+QWEN_PROMPT = (  # <|im_start|> system S <|im_end|> <|im_start|> user Q+ <|im_end|> <|im_start|> assistant
+    "151644 82 88 256 68 76 198 50 151645 198 151644 84 82 68 81 198 48 10 151645 198 151644 "
+    "64 82 82 72 256 64 77 83 198"
+)
+REASONEVAL_PROMPT = (  # <s> Question: Q+ Answer: Let's think step by step.
+    "1 267 316 352 336 350 351 340 346 345 293 13 316 278 13 300 345 350 354 336 349 293 13 311 336 351 274 350 267 "
+    "351 339 340 345 342 267 350 351 264 267 333 356 267 350 351 264 281 13"
+)
+PQM_PROMPT = "58 40 45 50 51 60 220 48 10 220 58 14 40 45 50 51 60 198"  # [INST] Q+ [/INST]
+# adapter, tokenizer; prompt, what two steps add and their rows, what the empty answer adds and its row
+GOLDEN: dict[str, tuple[PRMAdapter, Any, str, str, tuple[int, ...], str, tuple[int, ...]]] = {
+    "qwen": (
+        QwenMathPRM(system="S"),
+        byte_level(RELEASED_IDS),
+        QWEN_PROMPT,
+        "50 83 220 64 151651 65 151651",
+        (34, 36),
+        "151651",
+        (30,),
+    ),
+    "shepherd": (
+        MathShepherd(),
+        sentencepiece(released=True),
+        "1 267 316 278",
+        "263 267 332 12902 13 13 333 12902",
+        (7, 11),
+        "267 12902",
+        (5,),
+    ),
+    "shepherd-apart": (
+        MathShepherd(),
+        sentencepiece(tag="apart", released=True),
+        "1 266 315 277",
+        "263 266 331 266 12902 13 13 332 266 12902",
+        (8, 13),
+        "259 12902",
+        (5,),
+    ),
+    "reasoneval": (
+        ReasonEval(),
+        MISTRAL_BOS_PAD,
+        REASONEVAL_PROMPT,
+        "262 267 332 333",
+        (49, 50),
+        "",
+        (46,),
+    ),
+    "reasoneval-released": (
+        ReasonEval("released"),
+        MISTRAL_BOS_PAD,
+        REASONEVAL_PROMPT,
+        "262 267 332 333",
+        (48, 49),
+        "",
+        (45,),
+    ),
+    "pqm": (
+        ValueHeadPRM("train"),
+        PQM,
+        PQM_PROMPT,
+        "50 83 220 64 220 259 198 65 220 259",
+        (23, 27),
+        "220 259",
+        (19,),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_golden_token_ids(name: str) -> None:
-    adapter, tokenizer = READERS[name]
-    chain = adapter.encode(tokenizer, "Q+", ["St a", "b"])
-    assert (chain.token_ids, chain.step_positions) == GOLDEN[name]
+    adapter, tokenizer, prompt, steps, rows, empty, empty_row = GOLDEN[name]
+    for given_steps, ids, expected in ((["St a", "b"], steps, rows), ([], empty, empty_row)):
+        chain = adapter.encode(tokenizer, "Q+", given_steps)
+        assert " ".join(map(str, chain.token_ids)) == f"{prompt} {ids}".strip()
+        assert chain.step_positions == expected
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -172,6 +238,16 @@ def test_white_space_before_the_tag_does_not_swallow_it(name: str) -> None:
     assert len(adapter.encode(tokenizer, "Q", ["a ", "b  "]).step_positions) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "tokenizer"), [("qwen", with_end(byte_level(CHATML))), ("shepherd", with_end(sentencepiece()))]
+)
+def test_an_end_token_that_the_tokenizer_appends_is_left_out(name: str, tokenizer: Any) -> None:
+    adapter, plain = READERS[name]
+    assert tokenizer("Q")["input_ids"][-1] == tokenizer.eos_token_id
+    for steps in ([], ["a"], ["a", "b"], ["a ", "b "]):
+        assert adapter.encode(tokenizer, "Q", steps) == adapter.encode(plain, "Q", steps)
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_answers_are_split_into_steps_without_empty_ones(name: str) -> None:
     adapter, _ = READERS[name]
@@ -221,7 +297,7 @@ def test_a_tokenizer_that_does_not_fit_is_an_error(adapter: PRMAdapter, tokenize
 def test_a_tokenizer_beyond_the_vocabulary_is_an_error() -> None:
     config = Config()
     config.vocab_size = len(QWEN) - 1
-    with pytest.raises(PRMError, match=f"tokenizer has {len(QWEN)} tokens, the model's vocabulary {len(QWEN) - 1}"):
+    with pytest.raises(PRMError, match=f"a token id {len(QWEN) - 1}, the model's vocabulary {len(QWEN) - 1} entries"):
         QwenMathPRM().check(config, QWEN)
 
 

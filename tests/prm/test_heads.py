@@ -51,6 +51,7 @@ def test_step_rewards_of_the_released_qwen_code(shared_vectors: Path) -> None:
         torch.testing.assert_close(found, vectors.outputs(case)["scores"], rtol=1e-12, atol=0)
 
 
+@torch.no_grad()
 def test_quantile_head_starts_where_the_released_one_does(shared_vectors: Path) -> None:
     vectors = Vectors(shared_vectors / "calprm_head_init.npz")
     for case in vectors.cases:
@@ -67,6 +68,7 @@ def test_quantile_head_starts_where_the_released_one_does(shared_vectors: Path) 
 
 
 @pytest.mark.parametrize("name", ["process", "pair", "value"])
+@torch.no_grad()
 def test_every_quantile_starts_at_the_base_probability(name: str) -> None:
     base, hidden = random_head(name), states()
     expected = base.probability(base(hidden))
@@ -75,12 +77,12 @@ def test_every_quantile_starts_at_the_base_probability(name: str) -> None:
     logits = made(hidden)
     assert_relative(logits.sigmoid(), expected[:, None].expand(-1, 5), 1e-12)
     assert_relative(made.probability(logits), expected, 1e-12)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.zero_()
+    for parameter in made.parameters():
+        parameter.zero_()
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
 
+@torch.no_grad()
 def test_the_quantile_head_of_reasoneval_starts_at_its_mean_log_odds() -> None:
     base, hidden = random_head("reasoneval"), states()
     logits = base(hidden)
@@ -98,6 +100,7 @@ def test_point_estimate_is_the_median_column() -> None:
     )
 
 
+@torch.no_grad()
 def test_token_pair_is_the_softmax_of_two_columns_of_the_full_product() -> None:
     table, hidden = torch.randn(11, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5)), states()
     head = TokenPairHead(WIDTH, (3, 7)).double()

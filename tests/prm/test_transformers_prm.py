@@ -16,8 +16,7 @@ from prmfast.calibration import ArtifactError, CalibrationData, Calibrator, Logi
 from prmfast.calibration import QuantileRegressionCalibrator as QuantileRegression
 from prmfast.calibration.features import FEATURE_NAMES, prefix_features, question_features
 from prmfast.engines import Judge, Scorer
-from prmfast.prm import AutoPRM, MathShepherd, PRMAdapter, ReasonEval, TransformersPRM, ValueHead
-from prmfast.prm.adapter import PRMError
+from prmfast.prm import AutoPRM, MathShepherd, PRMAdapter, PRMError, ReasonEval, TransformersPRM, ValueHead
 from tests.prm.models import make, save
 
 KINDS = ("qwen", "shepherd", "shepherd-llama", "reasoneval", "reasoneval-34b", "pqm")
@@ -175,7 +174,7 @@ def test_a_pytorch_file_and_shards_are_read_too(loaded: dict[str, Loaded], tmp_p
 def calibration_data(prm_id: str | None, width: int | None = 64, features: bool = True) -> CalibrationData:
     generator = torch.Generator().manual_seed(3)
     score = torch.rand(80, generator=generator)
-    columns = torch.stack([torch.from_numpy(prefix_features([s])[0]) for s in score.tolist()]).float()
+    columns = torch.cat([torch.from_numpy(prefix_features(part.tolist())) for part in score.split(4)]).float()
     return CalibrationData.from_arrays(
         score=score,
         successes=(torch.rand(80, generator=generator) < score).long(),
@@ -186,8 +185,9 @@ def calibration_data(prm_id: str | None, width: int | None = 64, features: bool 
     )
 
 
-def fitted(prm_id: str | None = "tiny-qwen", **kwargs: Any) -> Calibrator:
-    return LogisticCalibrator().fit(calibration_data(prm_id, **kwargs), progress=False)
+def fitted(prm_id: str | None = "tiny-qwen", network: bool = False, **kwargs: Any) -> Calibrator:
+    calibrator: Calibrator = QuantileRegression(encoder=(8,), steps=2) if network else LogisticCalibrator()
+    return calibrator.fit(calibration_data(prm_id, **kwargs), progress=False)
 
 
 def test_judge_gives_the_calibrators_quantiles(loaded: dict[str, Loaded]) -> None:
@@ -226,7 +226,7 @@ def test_judge_gives_the_calibrators_quantiles(loaded: dict[str, Loaded]) -> Non
             lambda: fitted("other-prm"),
             "fitted for prm_id 'other-prm', this is 'tiny-qwen'.*fit one on traces of this prm",
         ),
-        (lambda: fitted(width=32), "hidden states of width 32, this PRM's have width 64"),
+        (lambda: fitted(width=32, network=True), "hidden states of width 32, this PRM's have width 64"),
         (lambda: fitted(width=None, features=False), "features that a PRM's scores do not give: length"),
     ],
 )
@@ -245,7 +245,7 @@ def test_the_same_prm_under_another_name_can_be_said(loaded: dict[str, Loaded]) 
 
 
 def test_a_network_calibrator_reads_the_hidden_states(loaded: dict[str, Loaded]) -> None:
-    calibrator = QuantileRegression(epochs=1).fit(calibration_data("tiny-qwen"), progress=False)
+    calibrator = fitted(network=True)
     assert calibrator.hidden_width_ == 64
     (row,) = AutoPRM.from_pretrained(loaded["qwen"].folder, calibrator=calibrator).judge(["Q"], ["a\n\nb"])
     assert row.quantiles is not None
@@ -277,6 +277,14 @@ def test_judge_names_the_bad_row(
 ) -> None:
     with pytest.raises(error, match=message):
         loaded["qwen"].prm.judge(questions, answers)
+
+
+def test_the_last_position_can_be_used(loaded: dict[str, Loaded]) -> None:
+    prm = loaded["qwen"].prm
+    room = 512 - len(prm.adapter.encode(prm.tokenizer, "Q", []).token_ids)
+    assert len(prm.judge(["Q"], ["x" * room])[0].scores) == 1
+    with pytest.raises(ValueError, match=r"512 positions, got 513 tokens"):
+        prm.judge(["Q"], ["x" * (room + 1)])
 
 
 def test_score_names_the_bad_row(loaded: dict[str, Loaded]) -> None:
@@ -313,6 +321,13 @@ def test_an_ordinary_language_model_is_no_prm(tmp_path: Path) -> None:
         AutoPRM.from_pretrained(folder)
     assert AutoPRM.from_pretrained(folder, adapter="math-shepherd").adapter.name == "math-shepherd"
     assert AutoPRM.from_pretrained(folder, adapter=MathShepherd("\n")).adapter.separator == "\n"
+
+
+def test_a_named_adapter_overrides_the_config(loaded: dict[str, Loaded]) -> None:
+    config = loaded["qwen"].prm.model.config
+    assert AutoPRM.adapter(config).name == "qwen2.5-math-prm"
+    assert AutoPRM.adapter(config, choice="pqm").name == "pqm"
+    assert AutoPRM.adapter(config, {"v_head.summary.weight"}, choice="reasoneval").name == "reasoneval"
 
 
 def test_the_released_reading_is_an_adapter_with_an_option(loaded: dict[str, Loaded]) -> None:
@@ -360,6 +375,10 @@ def test_another_models_tokenizer_is_an_error(tmp_path: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     make("pqm")[1].save_pretrained(folder)
+    from safetensors.torch import load_file, save_file
+
+    head = {name: t for name, t in load_file(folder / "model.safetensors").items() if name.startswith("score")}
+    save_file(head, folder / "model.safetensors", metadata={"format": "pt"})  # said before the backbone is read
     with pytest.raises(PRMError, match=r"tokenizer must have '<\|im_start\|>' as one token"):
         AutoPRM.from_pretrained(folder)
 

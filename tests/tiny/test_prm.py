@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prmfast.engines import Scorer
+from prmfast.engines import Judge, Scorer
 from prmfast.tiny import TinyPRM, TinyWorld, task
 
 
@@ -20,6 +20,23 @@ def samples(world: TinyWorld) -> tuple[list[str], list[list[str]]]:
 def test_it_is_a_scorer_with_ids_that_name_the_weights(world: TinyWorld) -> None:
     assert isinstance(world.prm, Scorer)
     assert world.prm.prm_id.startswith("prmfast/tiny-prm@")
+
+
+def test_as_a_judge_it_scores_one_answer_a_question(
+    world: TinyWorld, samples: tuple[list[str], list[list[str]]]
+) -> None:
+    questions, answers = samples[0], [row[0] if i % 3 else None for i, row in enumerate(samples[1])]
+    judged = world.prm.judge(questions, answers)
+    assert isinstance(world.prm, Judge)
+    assert all(row.quantiles is None for row in judged)
+    empty = world.prm.question_state(questions)[0].tolist()
+    whole = world.prm.score(questions, samples[1])
+    for i, row in enumerate(judged):
+        assert row.scores == pytest.approx(whole[i][0] if i % 3 else [empty[i]], abs=1e-5)
+    with pytest.raises(ValueError, match=r"answers must have one entry per question \(20\), got 19"):
+        world.prm.judge(questions, answers[1:])
+    with pytest.raises(TypeError, match="questions and answers must be sequences of strings, got one string"):
+        world.prm.judge(questions, "1 ;")
 
 
 def test_one_score_and_one_state_per_step(world: TinyWorld, samples: tuple[list[str], list[list[str]]]) -> None:

@@ -79,6 +79,37 @@ def test_engine_continues_prefixes(world: TinyWorld) -> None:
     assert other.text.startswith("7 ; 7 ;")
 
 
+def test_engine_stops_at_a_step(world: TinyWorld) -> None:
+    """Chained one-step samples with one seed give the whole answer back, and each says what ended it."""
+    engine = TinyEngine(world.engine.decoder, world.engine.policy_id, stop=(";",))
+    questions = world.questions(6, seed=9, k_range=(2, 5))
+    whole = world.engine.sample(questions, list(range(6)))
+    for seed, (question, full) in enumerate(zip(questions, whole, strict=True)):
+        steps = task.split_steps(full.text)
+        text = ""
+        for i in range(len(steps)):
+            cut = engine.sample([question], [seed], prefixes=[text])[0]
+            assert cut.text == " ".join(steps[: i + 1])
+            assert (cut.finished, cut.stop) == (True, ";" if i + 1 < len(steps) else None)
+            assert cut.n_tokens == (2 if i + 1 < len(steps) else 3)
+            text = cut.text
+        assert cut.token_ids == full.token_ids
+    assert all(completion.stop is None for completion in whole)
+
+
+@pytest.mark.parametrize(
+    ("stop", "error", "message"),
+    [
+        (";", TypeError, "stop must be a sequence of words, got one string ';'"),
+        (("; ;",), ValueError, "stop must hold words of the tiny vocabulary, got '; ;'"),
+        (("<eos>",), ValueError, "stop must hold words of the tiny vocabulary, got '<eos>'"),
+    ],
+)
+def test_engine_refuses_odd_stop_words(world: TinyWorld, stop: tuple[str, ...], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        TinyEngine(world.engine.decoder, "p", stop=stop)
+
+
 def test_engine_length_limit_is_reported(world: TinyWorld) -> None:
     question = world.questions(1)[0]
     full = world.engine.sample([question], [0], prefixes=["1 ; " * 9 + "1"])[0]

@@ -14,11 +14,11 @@ from prmfast.calibration.judging import step_features
 WIDTH = 64
 
 
-def data(*, hidden: bool, **ids: Any) -> CalibrationData:
+def data(*, hidden: bool, width: int = WIDTH, **ids: Any) -> CalibrationData:
     """400 steps of 100 answers with scores, features of all steps so far, and hidden states where asked for."""
     generator = torch.Generator().manual_seed(3)
     scores = torch.rand(100, 4, generator=generator, dtype=torch.float64)
-    states = torch.randn(400, WIDTH, generator=generator)
+    states = torch.randn(400, width, generator=generator)
     chance = (scores.flatten() + states[:, :4].tanh().mean(1)).clamp(0.02, 0.98)
     return CalibrationData.from_arrays(
         score=scores.flatten(),

@@ -36,12 +36,22 @@ if HERE:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
+
+def pytest_report_header() -> str:
+    if not HERE:
+        return "vllm: not installed here, tests/vllm is left out (make test-vllm)"
+    import vllm
+
+    return f"vllm: {vllm.__version__} from {Path(vllm.__file__).parent}"
+
+
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,  # torch.compile costs 26 s a start
     "max_model_len": 512,
     "max_num_seqs": 64,
     "block_size": 32,  # the least there is, so that short prompts have cached blocks
+    "num_gpu_blocks_override": 2048,  # 64 MiB instead of the gigabyte that is the least vLLM can be told
     "seed": 0,
 }
 KINDS = {
@@ -120,6 +130,8 @@ def start_llm() -> Iterator[Callable[..., Any]]:
         return held[-1]
 
     yield start
+    for llm in held:
+        llm.llm_engine.engine_core.shutdown()
     held.clear()
     gc.collect()
 

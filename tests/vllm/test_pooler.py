@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from vllm import PoolingParams
 from prmfast.calibration import load_calibrator
 from prmfast.calibration.judging import step_features
 from prmfast.ops import ias_budget
-from prmfast.prm import AutoPRM
+from prmfast.prm import AutoPRM, ValueHeadPRM
 from prmfast.vllm import VLLMPRM, RowFormat, StepRequest, prm_engine_args
 from prmfast.vllm.settings import BUDGET_LEVELS, PRMSettings, level_values
 from tests.vllm import calibrators
@@ -138,6 +138,23 @@ def test_without_a_name_the_first_calibrator_answers_at_the_configured_levels(
     assert raw[:, 2].tolist() == ias_budget(raw[:, 1:2], 0.9, 64).tolist()  # the score as the one quantile
     assert VLLMPRM(llm, levels=8).judge([QUESTION], [ANSWER])[0].quantiles.shape == (4, 8)
     assert VLLMPRM(llm, calibrator=None).judge([QUESTION], [ANSWER])[0].quantiles is None
+
+
+class MyPRM(ValueHeadPRM):
+    name: ClassVar[str] = "my-prm"
+    architectures: ClassVar[tuple[str, ...]] = ("MyPRM",)
+
+
+def test_an_adapter_of_ones_own(
+    start_llm: Callable[..., Any], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoPRM, "_adapters", list(AutoPRM._adapters))
+    AutoPRM.register(MyPRM())
+    llm = start_llm(**prm_engine_args(checkpoint("pqm"), adapter="my-prm"))
+    assert llm.llm_engine.model_config.architectures == ["PrmfastStepRewardModel"]
+    reference = AutoPRM.from_pretrained(checkpoint("pqm"), adapter="my-prm")
+    found, expected = (prm.judge([QUESTION], [ANSWER])[0].scores for prm in (VLLMPRM(llm), reference))
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_bfloat16_runs_on_cpus_with_amx(start_llm: Callable[..., Any], checkpoint: Checkpoint, prm_llm: Any) -> None:

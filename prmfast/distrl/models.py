@@ -1,0 +1,156 @@
+"""What the loop asks of a language model, and any Hugging Face causal language model as such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from prmfast.distrl.advantages import Advantages
+from prmfast.distrl.losses import DistRLLoss, LossRule, distrl_loss, linear_distrl_loss
+from prmfast.ops import Candidates, candidate_td, linear_candidate_td, linear_entry_logprob, token_logprob
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Next-token distributions of N tokens, row t the one that token t came from.
+
+    states: logits [N, V] (-inf for tokens that are never drawn), or with ``weight`` [V, d], the output layer, the last
+    hidden states [N, d]: then no [N, V] tensor is made.
+    """
+
+    states: Tensor
+    weight: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """[N, V]."""
+        return self.states if self.weight is None else self.states @ self.weight.T
+
+    def logprob(self, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """log pi(ids[t] | s_t), [N], differentiable; ids int64 [N]."""
+        if self.weight is None:
+            return token_logprob(self.states, ids, temperature=temperature)
+        rows = torch.arange(len(ids) + 1, device=ids.device)
+        found = linear_entry_logprob(self.states, self.weight, rows, token_ids=ids, temperature=temperature)
+        return found.to(torch.float64 if self.states.dtype == torch.float64 else torch.float32)
+
+    def candidates(
+        self, reward: Outputs, *, sampled: Tensor, p_min: float, beta: float, temperature: float = 1.0
+    ) -> Candidates:
+        """`candidate_td` of this policy at ``temperature`` and of ``reward``, sampled tokens forced in."""
+        if self.weight is None or reward.weight is None:
+            return candidate_td(
+                self.logits(),
+                reward.logits(),
+                p_min=p_min,
+                beta=beta,
+                sampled=sampled,
+                policy_temperature=temperature,
+            )
+        return linear_candidate_td(
+            self.states,
+            reward.states,
+            policy_weight=self.weight,
+            reward_weight=reward.weight,
+            p_min=p_min,
+            beta=beta,
+            sampled=sampled,
+            policy_temperature=temperature,
+        )
+
+    def loss(
+        self,
+        advantages: Advantages,
+        *,
+        sampled: Tensor,
+        old_logp: Tensor,
+        offsets: Tensor,
+        rule: LossRule,
+        temperature: float = 1.0,
+    ) -> DistRLLoss:
+        """`distrl_loss` or `linear_distrl_loss` of these distributions."""
+        of = distrl_loss if self.weight is None else partial(linear_distrl_loss, weight=self.weight)
+        return of(
+            self.states,
+            advantages=advantages,
+            sampled=sampled,
+            old_logp=old_logp,
+            offsets=offsets,
+            rule=rule,
+            temperature=temperature,
+        )
+
+
+class LanguageModel(Protocol):
+    """A language model that can be trained: the policy, the reward model and the reference are three of them."""
+
+    def outputs(self, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> Outputs:
+        """Of the N tokens of all answers, packed; differentiable in `parameters`."""
+        ...
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The tensors that an optimiser moves."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Every tensor by name."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
+        """Takes a `state_dict` over, in place: engines that hold the model see it."""
+        ...
+
+
+class HuggingFaceModel:
+    """A transformers causal language model for the loop; no logits are made but where the output layer has a bias.
+
+    model: with ``base_model`` and ``get_output_embeddings()``, whose output layer is what follows the last hidden
+    state (no scaling or soft cap behind it). tokenizer: its tokenizer; prompts are encoded with special tokens, as
+    `TransformersEngine` does.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+            raise TypeError(f"model must be a transformers causal LM with an output layer, got {type(model).__name__}")
+        if getattr(model.config, "final_logit_softcapping", None):
+            raise ValueError(f"model must have no soft cap behind its output layer, got {type(model).__name__}")
+        self.model, self.tokenizer = model, tokenizer
+
+    def outputs(self, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> Outputs:
+        """Hidden states and output layer; logits where that layer has a bias. ValueError for an empty prompt."""
+        known = {prompt: list(self.tokenizer(prompt)["input_ids"]) for prompt in dict.fromkeys(prompts)}
+        starts = [known[prompt] for prompt in prompts]
+        for i, start in enumerate(starts):
+            if not start:
+                raise ValueError(f"prompts[{i}] must have at least one token, got none")
+        rows = [start + list(answer) for start, answer in zip(starts, answers, strict=True)]
+        width = max(map(len, rows), default=0)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        seen, wanted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            seen[i, : len(row)] = 1
+            wanted[i, len(starts[i]) - 1 : len(row) - 1] = True
+        device = self.model.device
+        states = self.model.base_model(input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False)
+        hidden, layer = states.last_hidden_state[wanted.to(device)], self.model.get_output_embeddings()
+        if getattr(layer, "bias", None) is not None:
+            return Outputs(layer(hidden))
+        return Outputs(hidden, layer.weight)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Those that require a gradient (with LoRA, the adapters)."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Of the model."""
+        state: Mapping[str, Tensor] = self.model.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
+        """Into the model."""
+        return self.model.load_state_dict(state)

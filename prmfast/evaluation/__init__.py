@@ -1,0 +1,48 @@
+"""Judging PRMs: best-of-N, votes, pass@n and the first wrong step, on stored answers and step scores."""
+
+from prmfast.evaluation.best_of_n import (
+    AGGREGATIONS,
+    AnswerPool,
+    best_of_n,
+    pass_at_n,
+    selection_table,
+    trajectory_scores,
+    vote_accuracies,
+)
+from prmfast.evaluation.first_error import (
+    CrossFitted,
+    FirstErrorMetrics,
+    cross_fitted_first_errors,
+    first_error_metrics,
+    first_error_terms,
+    first_errors,
+    grid_threshold,
+    optimal_threshold,
+)
+from prmfast.evaluation.processbench import Chain, first_error_table, read_chains, score_chains
+from prmfast.evaluation.step_rewards import released_scores, released_step_rewards, step_rewards
+
+__all__ = [
+    "AGGREGATIONS",
+    "AnswerPool",
+    "Chain",
+    "CrossFitted",
+    "FirstErrorMetrics",
+    "best_of_n",
+    "cross_fitted_first_errors",
+    "first_error_metrics",
+    "first_error_table",
+    "first_error_terms",
+    "first_errors",
+    "grid_threshold",
+    "optimal_threshold",
+    "pass_at_n",
+    "read_chains",
+    "released_scores",
+    "released_step_rewards",
+    "score_chains",
+    "selection_table",
+    "step_rewards",
+    "trajectory_scores",
+    "vote_accuracies",
+]
