@@ -202,6 +202,33 @@ class CalibrationData:
         )
 
     @classmethod
+    def concat(cls, parts: Sequence[CalibrationData]) -> CalibrationData:
+        """The rows of all parts: empty answers and steps, say, for one calibrator that judges both.
+
+        Hidden states are kept where every part has them; ids that differ are joined by a comma. ValueError for no part
+        and for parts with different features.
+        """
+        if not parts:
+            raise ValueError("parts must have at least one entry, got 0")
+        names = parts[0].feature_names
+        for i, part in enumerate(parts):
+            if part.feature_names != names:
+                raise ValueError(f"parts[{i}] must have the features {', '.join(names)}, got {part.feature_names}")
+        hidden = [part.hidden for part in parts if part.hidden is not None]
+        prms, policies = ({getattr(part, name) for part in parts} - {None} for name in ("prm_id", "policy_id"))
+        return cls(
+            score=torch.cat([part.score for part in parts]),
+            features=torch.cat([part.features for part in parts]),
+            hidden=torch.cat(hidden) if len(hidden) == len(parts) else None,
+            successes=torch.cat([part.successes for part in parts]),
+            trials=torch.cat([part.trials for part in parts]),
+            question=tuple(question for part in parts for question in part.question),
+            feature_names=names,
+            prm_id=", ".join(sorted(prms)) or None,
+            policy_id=", ".join(sorted(policies)) or None,
+        )
+
+    @classmethod
     def from_traces(
         cls,
         table: pa.Table | str | os.PathLike[str],

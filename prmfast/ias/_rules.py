@@ -110,7 +110,7 @@ def probability_right(scores: StepScores) -> float:
         return 0.0
     if scores.quantiles is None:
         return min(max(float(scores.scores[-1]), 0.0), 1.0)
-    return float(scores.quantiles[-1].double().clamp(0, 1).mean())
+    return min(max(float(scores.quantiles[-1].mean(dtype=torch.float64)), 0.0), 1.0)
 
 
 class PolicyRule:

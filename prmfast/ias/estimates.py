@@ -86,7 +86,7 @@ class QuestionEstimates:
             order += [rows[(data.question[i], policy)] for i in with_pool]
         if not order:
             raise ValueError(_NOTHING)
-        return cls(_joined(parts), _pool_rows(pool, order), pilot)
+        return cls(CalibrationData.concat(parts), _pool_rows(pool, order), pilot)
 
 
 def _first_scored(table: pa.Table, groups: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
@@ -109,21 +109,6 @@ def _one_row_a_question(table: pa.Table) -> CalibrationData | None:
         raise
     first = {question: row for row, question in reversed(list(enumerate(data.question)))}
     return data.select(torch.tensor(sorted(first.values()), dtype=torch.int64))
-
-
-def _joined(parts: list[CalibrationData]) -> CalibrationData:
-    hidden = [part.hidden for part in parts if part.hidden is not None]
-    return CalibrationData.from_arrays(
-        score=torch.cat([part.score for part in parts]),
-        features=torch.cat([part.features for part in parts]),
-        feature_names=parts[0].feature_names,
-        hidden=torch.cat(hidden) if len(hidden) == len(parts) else None,
-        successes=torch.cat([part.successes for part in parts]),
-        trials=torch.cat([part.trials for part in parts]),
-        question=[question for part in parts for question in part.question],
-        prm_id=parts[0].prm_id,
-        policy_id=", ".join(sorted({part.policy_id or "" for part in parts})),
-    )
 
 
 def _pool_rows(pool: ReplayPool, rows: Sequence[int]) -> ReplayPool:

@@ -59,11 +59,13 @@ class SuccessPosterior:
         if np.isnan(p[-1]):
             raise ValueError("quantiles must not hold NaN")
         self._p: Array = p
-        self._fail: Array = 1.0 - p
         inner = np.clip(p, _EDGE, 1.0 - _EDGE)
         base = float(inner.mean())
-        self._right: Array = np.log(inner / base)
-        self._wrong: Array = np.log((1.0 - inner) / (1.0 - base))
+        self._right: Array = inner / base
+        self._wrong: Array = (1.0 - inner) / (1.0 - base)
+        self._log_right: Array = np.log(self._right)
+        self._log_wrong: Array = np.log(self._wrong)
+        self._fail_powers: list[Array] = [1.0 - p]  # (1 - p)^(2^j)
         self._any: Array = np.zeros_like(p)  # sum_i log L_i, without votes
         self._doubt = 0.0  # sum_i log(1 - q_i)
         self._theta: float | None = None
@@ -72,8 +74,10 @@ class SuccessPosterior:
             self._theta = (1.0 - rho) / rho
         self._count: dict[Hashable, int] = {}
         self._odds: dict[Hashable, float] = {}  # sum over the answer's samples of log(q_i / (1 - q_i))
+        self._rising = [0.0]  # log of theta (theta + 1) ... (theta + n - 1)
         self._seen = 0
-        self._state = self._solve()
+        self._answers: dict[Hashable, float] = {}
+        self._solve()
 
     def observe(self, probability_right: float, answer: Hashable | None = None) -> None:
         """One more finished sample: the PRM's calibrated probability in [0, 1], and its final answer with votes."""
@@ -83,49 +87,48 @@ class SuccessPosterior:
         sure, doubt = math.log(q), math.log1p(-q)
         self._seen += 1
         self._doubt += doubt
-        if not voting:
-            self._any = self._any + np.logaddexp(self._right + sure, self._wrong + doubt)
+        if self._theta is None:
+            self._any = self._any + np.log(self._right * q + self._wrong * (1.0 - q))
         elif answer is not None:
+            self._rising.append(self._rising[-1] + math.log(self._theta + len(self._rising) - 1))
             self._count[answer] = self._count.get(answer, 0) + 1
             self._odds[answer] = self._odds.get(answer, 0.0) + sure - doubt
-        self._state = self._solve()
+        self._solve()
 
     @property
     def solved(self) -> float:
         """Probability that one of the samples is right."""
-        return 1.0 - self._state[0]
+        return 1.0 - self._open
 
     @property
     def mean(self) -> float:
         """Posterior mean of p."""
-        return float(self._state[2] @ self._p)
+        return float(self._weights @ self._p)
 
     @property
     def answers(self) -> dict[Hashable, float]:
         """Probability of being the right one, by final answer; empty without votes."""
-        return dict(self._state[3])
+        return dict(self._answers)
 
     def expected_success(self, more: int) -> float:
         """Probability that one is right once ``more`` >= 0 further samples are drawn."""
-        open_, unsolved, _, _ = self._state
-        return 1.0 - open_ * float(unsolved @ self._fail**more)
+        weights = self._unsolved
+        for j in reversed(range(more.bit_length())):
+            if more >> j & 1:
+                weights = weights * self._fail_power(j)
+        return 1.0 - self._open * float(weights.sum())
 
     def samples_needed(self, target: float, limit: int) -> int:
         """The smallest k >= 0 with ``expected_success(k) >= target``, ``limit`` if there is none below it."""
         wanted = target - _REACHED
-        if self.expected_success(0) >= wanted:
+        if limit < 1 or 1.0 - self._open >= wanted:
             return 0
-        below, above = 0, 1  # success(below) < wanted
-        while above < limit and self.expected_success(above) < wanted:
-            below, above = above, 2 * above
-        above = min(above, limit)
-        while above - below > 1:
-            middle = (below + above) // 2
-            if self.expected_success(middle) >= wanted:
-                above = middle
-            else:
-                below = middle
-        return above
+        short, weights = 0, self._unsolved  # the largest number that does not suffice, bit by bit
+        for j in reversed(range((limit - 1).bit_length())):
+            trial = weights * self._fail_power(j)
+            if 1.0 - self._open * float(trial.sum()) < wanted:
+                short, weights = short + (1 << j), trial
+        return min(short + 1, limit)
 
     def resampled(self, levels: int, *, solved_as: float) -> Tensor:
         """[levels] float64, ascending and equally weighted: the posterior as the batch ops of `prmfast.ops` take it.
@@ -137,46 +140,52 @@ class SuccessPosterior:
         whole("levels", levels, low=1)
         if solved_as not in (0.0, 1.0):
             raise ValueError(f"solved_as must be 0 or 1, got {solved_as}")
-        open_, unsolved, _, _ = self._state
         first = solved_as == 0.0
-        solved = np.array([1.0 - open_])
+        solved, unsolved = np.array([1.0 - self._open]), self._open * self._unsolved
         values = np.concatenate([[0.0], self._p] if first else [self._p, [1.0]])
-        weights = np.concatenate([solved, open_ * unsolved] if first else [open_ * unsolved, solved])
+        weights = np.concatenate([solved, unsolved] if first else [unsolved, solved])
         at = (np.arange(levels) + 0.5) / levels
         place = np.searchsorted(weights.cumsum(), at).clip(max=len(values) - 1)
         return torch.from_numpy(values[place])
 
-    def _solve(self) -> tuple[float, Array, Array, dict[Hashable, float]]:
-        """(W0, u [M], posterior of p [M], probability by answer)."""
-        nothing = self._seen * self._wrong + self._doubt
-        found: dict[Hashable, float] = {}
+    def _fail_power(self, j: int) -> Array:
+        while len(self._fail_powers) <= j:
+            self._fail_powers.append(self._fail_powers[-1] ** 2)
+        return self._fail_powers[j]
+
+    def _solve(self) -> None:
+        """W0, u [M] and the posterior of p [M] from the sums of logarithms."""
+        nothing = self._seen * self._log_wrong + self._doubt
         if self._theta is None:
-            either = self._any
+            self._unsolved, none = _normalised(nothing)
+            self._weights, total = _normalised(self._any)
         else:
-            nothing = nothing + self._agreement(None)
-            rows = [nothing]
-            for answer, n in self._count.items():
-                own = self._doubt + self._odds[answer] + self._agreement(answer)
-                rows.append(n * self._right + (self._seen - n) * self._wrong + own)
-            either = np.logaddexp.reduce(rows)
-        total = np.logaddexp.reduce(either)
-        if self._theta is not None:
-            found = {
-                answer: math.exp(np.logaddexp.reduce(row) - total)
-                for answer, row in zip(self._count, rows[1:], strict=True)
-            }
-        open_ = min(1.0, math.exp(np.logaddexp.reduce(nothing) - total))
-        return open_, _normalised(nothing), _normalised(either), found
+            rows, groups = self._hypotheses(nothing)
+            self._unsolved, none = _normalised(rows[-1])
+            shares, total = _normalised(rows)
+            self._weights = shares.sum(0)
+            self._answers = dict(zip(groups, shares[:-1].sum(1).tolist(), strict=True))
+        self._open = min(1.0, math.exp(none - total))
 
-    def _agreement(self, right: Hashable | None) -> float:
-        """Log-probability of the final answers of the wrong samples, where ``right`` is the right answer."""
+    def _hypotheses(self, nothing: Array) -> tuple[Array, list[Hashable]]:
+        """Log-evidence [D + 1, M] of "this answer is right" for D answers; the last row is "none of them"."""
         assert self._theta is not None
-        theta = self._theta
-        groups = [n for answer, n in self._count.items() if answer != right]  # None is no answer: all of them
-        value = len(groups) * math.log(theta) + sum(math.lgamma(n) for n in groups)
-        return value - sum(math.log(theta + i) for i in range(sum(groups)))
+        groups = list(self._count)
+        count = np.array([*self._count.values(), 0])
+        together = [math.lgamma(n) for n in self._count.values()]
+        new, all_together, voted = math.log(self._theta), sum(together), sum(self._count.values())
+        agreement = [
+            (len(groups) - 1) * new + all_together - own - self._rising[voted - n]
+            for n, own in zip(self._count.values(), together, strict=True)
+        ]
+        agreement.append(len(groups) * new + all_together - self._rising[voted])
+        odds = np.array([*self._odds.values(), 0.0]) + agreement
+        return nothing + np.outer(count, self._log_right - self._log_wrong) + odds[:, None], groups
 
 
-def _normalised(log_weights: Array) -> Array:
-    weights = np.exp(log_weights - log_weights.max())
-    return np.asarray(weights / weights.sum())
+def _normalised(log_weights: Array) -> tuple[Array, float]:
+    """Weights that sum to one, and the logarithm of what their sum was."""
+    most = float(log_weights.max())
+    weights = np.exp(log_weights - most)
+    total = float(weights.sum())
+    return np.asarray(weights / total), most + math.log(total)

@@ -305,3 +305,24 @@ def test_the_public_names_are_there_and_importing_them_is_light() -> None:
         f"found = [name for name in {heavy} if name in sys.modules]; assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_concat_keeps_rows_and_what_all_parts_have() -> None:
+    one = CalibrationData.from_arrays(
+        score=[0.1, 0.2], successes=[0, 2], trials=[2, 2], hidden=[[1.0], [2.0]], question=["a", "b"], prm_id="p"
+    )
+    two = CalibrationData.from_arrays(score=[0.3], successes=[1], hidden=[[3.0]], question=["a"], prm_id="p")
+    both = CalibrationData.concat([one, two])
+    assert both.score.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert both.hidden is not None
+    assert both.hidden.tolist() == [[1.0], [2.0], [3.0]]
+    assert (both.successes.tolist(), both.trials.tolist()) == ([0, 2, 1], [2, 2, 1])
+    assert (both.question, both.prm_id, both.policy_id) == (("a", "b", "a"), "p", None)
+    bare = CalibrationData.from_arrays(score=[0.3], successes=[1], policy_id="x")
+    assert CalibrationData.concat([one, bare]).hidden is None
+    assert CalibrationData.concat([one, bare]).policy_id == "x"
+    with pytest.raises(ValueError, match="parts must have at least one entry, got 0"):
+        CalibrationData.concat([])
+    other = CalibrationData.from_arrays(features=[[1.0]], successes=[1])
+    with pytest.raises(ValueError, match=r"parts\[1\] must have the features last, logit_last, got \('x0',\)"):
+        CalibrationData.concat([one, other])
