@@ -35,7 +35,7 @@ def signed(value: list[float]) -> str:
 def machine(result: dict[str, Any]) -> str:
     about = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    commits = {cell["commit"] for cell in result["cells"]} if "cells" in result else {about["commit"]}
+    commits = {cell["commit"] for cell in result.get("cells", []) if "commit" in cell} or {about["commit"]}
     return f"{about['cpu']}, one thread, {versions}, commit {', '.join(sorted(commits))}"
 
 
@@ -148,11 +148,57 @@ def kernel_machine(result: dict[str, Any]) -> str:
     return f"{first['cpu']} ({sets}), one thread unless said otherwise, {rest}"
 
 
+def spread(value: dict[str, float], digits: int = 2) -> str:
+    return f"{value['median']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def vllm_cpu(result: dict[str, Any]) -> str:
+    """One more step for siblings of a long chain, in seconds."""
+    scoring, model = result["scoring"], result["model"]
+    about = (
+        f"{scoring['siblings']} chains of {scoring['steps']} steps, {scoring['tokens_per_chain']} tokens each, that grow "
+        f"by one step; decoder of {model['layers']} layers, {model['hidden']} wide, random weights; "
+        f"load {result['load']:.1f}; {machine(result)}"
+    )
+    ours = "ours, incremental"
+    rows = [
+        [name, spread(seconds), "" if name == ours else f"{spread(scoring['speedup'][name], 1)}x"]
+        for name, seconds in scoring["seconds"].items()
+    ]
+    return f"{about}.\n\n" + markdown(["scoring", "seconds", f"over {ours}"], rows)
+
+
+def beam_search_tiny(result: dict[str, Any]) -> str:
+    """A row per search; mean and interval over seeds, paired with best-of-N of the same tokens."""
+    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for cell in result["cells"]:
+        cells.setdefault((cell["method"], cell["bound"], cell["rank_by"]), []).append(cell)
+    rows = []
+    for (method, bound, rank_by), part in cells.items():
+        values = [mean_interval([cell[name] for cell in part]) for name in ("accuracy", "tokens", "difference")]
+        accuracy, tokens, difference = values
+        shown = [
+            f"{accuracy[0]:.3f} ± {accuracy[1]:.3f}",
+            f"{tokens[0]:.0f}",
+            f"{difference[0]:+.3f} ± {difference[1]:.3f}",
+        ]
+        rows.append([method, bound, rank_by, *shown])
+    seeds, (low, high) = len({cell["seed"] for cell in result["cells"]}), result["operations"]
+    about = (
+        f"{seeds} seeds x {result['questions']} questions of {low} to {high} operations, mean ± 95 %; {machine(result)}"
+    )
+    return f"{about}.\n\n" + markdown(
+        ["search", "budgets read", "ranked by", "accuracy", "tokens", "minus best-of-N at equal tokens"], rows
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels_cpu": kernels_cpu,
     "calibration_real": calibration_real,
     "calibration_synthetic": calibration_synthetic,
     "replay_real": replay_real,
+    "vllm_cpu": vllm_cpu,
+    "beam_search_tiny": beam_search_tiny,
 }
 
 
