@@ -39,9 +39,9 @@ from prmfast.tiny.train import train_prm
 Row = dict[str, Any]
 
 ROLLOUTS = 8  # of a prefix in training and calibration
-TEST_ROLLOUTS = 32
+TEST_ROLLOUTS = 24
 QUESTIONS = {"train": 400, "calibration": 250, "test": 150}
-EPOCHS = 10
+EPOCHS = 25
 KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hard: any of 8": lambda k, n: (k > 0).float(),
     "hard: all of 8": lambda k, n: (k == n).float(),
@@ -49,7 +49,7 @@ KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 CALIBRATORS: dict[str, Callable[[int], Calibrator]] = {
     "isotonic": lambda seed: IsotonicCalibrator(),
-    "CondOT": lambda seed: CondOTCalibrator(steps=400, seed=seed),
+    "CondOT": lambda seed: CondOTCalibrator(steps=200, seed=seed),
 }
 SEARCHED = 60  # questions, two answers each
 TRIALS = (4, 8, 16)
@@ -111,7 +111,7 @@ def distance(p: npt.ArrayLike, data: CalibrationData) -> dict[str, float]:
 
 
 def hard_and_soft(world: TinyWorld, seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """bias, mse and rank correlation against k/32, by kind of label and by what stands behind the score."""
+    """bias, mse and rank correlation against k/24, by kind of label and by what stands behind the score."""
     parts = {}
     for split, questions in QUESTIONS.items():
         rollouts = TEST_ROLLOUTS if split == "test" else ROLLOUTS
