@@ -156,8 +156,8 @@ def vllm_cpu(result: dict[str, Any]) -> str:
     """One more step for siblings of a long chain, in seconds."""
     scoring, model = result["scoring"], result["model"]
     about = (
-        f"{scoring['siblings']} chains of {scoring['steps']} steps, {scoring['tokens_per_chain']} tokens each, that grow "
-        f"by one step; decoder of {model['layers']} layers, {model['hidden']} wide, random weights; "
+        f"{scoring['siblings']} chains of {scoring['steps']} steps, {scoring['tokens_per_chain']} tokens each, that "
+        f"grow by one step; decoder of {model['layers']} layers, {model['hidden']} wide, random weights; "
         f"load {result['load']:.1f}; {machine(result)}"
     )
     ours = "ours, incremental"
