@@ -25,8 +25,10 @@ async def judge_all(arguments: dict[str, Any], answers: list[str | None]) -> tup
         assert isinstance(prm, AsyncJudge)
         together = await asyncio.gather(*(prm.judge(QUESTION, text) for text in answers))
         between = prm.stats
-        task = asyncio.create_task(prm.judge(QUESTION, "\n\n".join(STEPS * 3)))
-        await asyncio.sleep(0)
+        task = asyncio.create_task(prm.judge(QUESTION, "\n\n".join(STEPS[::-1])))
+        while not engine.output_processor.has_unfinished_requests():
+            assert not task.done()
+            await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
