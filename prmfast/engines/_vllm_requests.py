@@ -28,7 +28,7 @@ class Requests:
 
     def __init__(
         self,
-        model_config: Any,
+        config: Any,
         tokenizer: Any,
         *,
         temperature: float,
@@ -36,10 +36,16 @@ class Requests:
         stop: Sequence[str],
         sampling: Mapping[str, Any] | None,
     ) -> None:
+        model_config = config.model_config
         if model_config.runner_type != "generate":
             raise ValueError(
                 f"llm must generate text, got runner={model_config.runner_type!r}: the policy's engine belongs here, "
                 "not the PRM's"
+            )
+        if on_cpu() and config.scheduler_config.enable_chunked_prefill:
+            raise ValueError(
+                "llm must not chunk prompts: vLLM on a CPU ends with an error when it does so to a sample with a seed; "
+                "start it with enable_chunked_prefill=False, as from_pretrained does"
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
@@ -126,6 +132,17 @@ class Requests:
                 self._ids.clear()
             self._ids[key] = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         return self._ids[key]
+
+
+def on_cpu() -> bool:
+    """Whether vLLM runs on a CPU here."""
+    return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+
+
+def engine_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options to start an engine with: the prefix cache, and on a CPU what samples with seeds need; then ``given``."""
+    needed = {"enable_chunked_prefill": False} if on_cpu() else {}
+    return {"enable_prefix_caching": True, **needed, **given}
 
 
 def vllm_class(module: str, name: str, what: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prmfast.engines._vllm_requests import Request, Requests, vllm_class
+from prmfast.engines._vllm_requests import Request, Requests, engine_defaults, vllm_class
 from prmfast.engines.base import Completion, EngineStats, check_sample_inputs
 
 _NAME = "VLLMEngine"
@@ -20,7 +20,8 @@ class VLLMEngine:
     is what vLLM draws as number i of a request with ``n`` samples and seed s. On a CPU in float32 it depends on
     (prompt, prefix, seed) alone; on a GPU as far as vLLM's kernels are batch-invariant (``VLLM_BATCH_INVARIANT``).
 
-    llm: a ``vllm.LLM`` of a model that generates; it must have no other users while requests run
+    llm: a ``vllm.LLM`` of a model that generates, on a CPU without chunked prefill (vLLM cannot rewind a CPU's random
+    numbers there); it must have no other users while requests run
     max_new_tokens: length limit behind prompt and prefix · stop: strings that end an answer (kept in its text)
     sampling: further options of ``vllm.SamplingParams``, as ``{"top_p": 0.95}``
     policy_id: what the samples are said to come from; the model's name by default
@@ -41,7 +42,7 @@ class VLLMEngine:
         self.llm = llm
         self._engine = llm.llm_engine
         self._requests = Requests(
-            self._engine.model_config,
+            self._engine.vllm_config,
             llm.get_tokenizer(),
             temperature=temperature,
             max_new_tokens=max_new_tokens,
@@ -67,7 +68,7 @@ class VLLMEngine:
         **engine: Any,
     ) -> VLLMEngine:
         """Starts ``vllm.LLM(model, **engine)``: a directory or a name, and the engine's own options."""
-        llm = vllm_class("vllm", "LLM", _NAME)(model=str(model), **{"enable_prefix_caching": True, **engine})
+        llm = vllm_class("vllm", "LLM", _NAME)(model=str(model), **engine_defaults(engine))
         return cls(
             llm,
             max_new_tokens=max_new_tokens,

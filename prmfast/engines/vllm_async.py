@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prmfast.engines._vllm_requests import Request, Requests, vllm_class
+from prmfast.engines._vllm_requests import Request, Requests, engine_defaults, vllm_class
 from prmfast.engines.base import Completion, EngineStats
 
 _NAME = "AsyncVLLMEngine"
@@ -39,7 +39,7 @@ class AsyncVLLMEngine:
             raise TypeError(f"llm must be a vllm AsyncLLM, got {type(llm).__name__}")
         self.llm = llm
         self._requests = Requests(
-            llm.model_config,
+            llm.vllm_config,
             llm.get_tokenizer(),
             temperature=temperature,
             max_new_tokens=max_new_tokens,
@@ -65,7 +65,7 @@ class AsyncVLLMEngine:
         """Starts an ``AsyncLLM`` of a directory or a name with vLLM's own options; `shutdown` ends it."""
         arguments = vllm_class("vllm", "AsyncEngineArgs", _NAME)
         llm = vllm_class("vllm.v1.engine.async_llm", "AsyncLLM", _NAME).from_engine_args(
-            arguments(model=str(model), **{"enable_prefix_caching": True, **engine})
+            arguments(model=str(model), **engine_defaults(engine))
         )
         return cls(
             llm,

@@ -124,8 +124,8 @@ def start_llm() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="module")
 def policy_llm(start_llm: Callable[..., Any], policy: str) -> Any:
-    """A generating engine on `policy`, prefix caching on."""
-    return start_llm(model=policy, enable_prefix_caching=True)
+    """A generating engine on `policy`, prefix caching on; samples with seeds forbid chunked prefill on a CPU."""
+    return start_llm(model=policy, enable_prefix_caching=True, enable_chunked_prefill=False)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,13 @@ QUESTIONS = WORLD.questions(12, seed=4)
 
 @pytest.fixture(scope="module")
 def tiny_llm(start_llm: Callable[..., Any]) -> Any:
-    return start_llm(model=str(WORLD.policy_directory()), tokenizer=str(WORLD.tokenizer_directory()), max_model_len=64)
+    return start_llm(
+        model=str(WORLD.policy_directory()),
+        tokenizer=str(WORLD.tokenizer_directory()),
+        max_model_len=64,
+        max_num_batched_tokens=100,
+        enable_chunked_prefill=False,
+    )
 
 
 @pytest.fixture
@@ -247,7 +253,18 @@ def test_policy_and_prm_in_one_process(long_engine: VLLMEngine, prm_llm: Any) ->
     assert unfinished(long_engine) == 0
 
 
+def test_more_prompts_than_a_step_takes(engine: VLLMEngine) -> None:
+    """With chunked prefill vLLM would cut the sixth prompt in two, and end with an error on a CPU."""
+    assert engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens % 18
+    done = engine.sample(QUESTIONS * 5, [seed for seed in range(5) for _ in QUESTIONS])
+    assert done[-2:] == engine.sample(QUESTIONS[-2:], [4, 4])
+
+
 def test_errors(tiny_llm: Any, prm_llm: Any, engine: VLLMEngine) -> None:
+    tiny_llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill = True
+    with pytest.raises(ValueError, match=r"llm must not chunk prompts: .* start it with enable_chunked_prefill=False"):
+        VLLMEngine(tiny_llm)
+    tiny_llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill = False
     with pytest.raises(TypeError, match=r"llm must be a vllm\.LLM, got str"):
         VLLMEngine("tiny")
     with pytest.raises(ValueError, match="llm must generate text, got runner='pooling'"):
