@@ -51,7 +51,10 @@ class PRMAdapter(abc.ABC):
 
     @abc.abstractmethod
     def step_token(self, tokenizer: Any) -> str | None:
-        """The token at whose rows steps are judged; None where steps have no token of their own (ReasonEval)."""
+        """The token at whose rows steps are judged; None where steps have no token of their own (ReasonEval).
+
+        ``tokenizer`` may be None: the name of the token does not depend on it.
+        """
 
     @abc.abstractmethod
     def text(self, question: str, steps: Sequence[str]) -> str:
@@ -90,8 +93,17 @@ class PRMAdapter(abc.ABC):
         return int(found[0])
 
     def split_steps(self, answer: str) -> list[str]:
-        """The steps of an answer: its parts between ``separator``, without empty ones."""
-        return [part for part in answer.split(self.separator) if part.strip()]
+        """The steps of an answer: its parts between ``separator``, without empty ones; marks left out."""
+        return [part for part in self.without_marks(answer).split(self.separator) if part.strip()]
+
+    def without_marks(self, answer: str) -> str:
+        """``answer`` without the template's own tokens: a policy that writes them would mark steps of its own."""
+        step_token = self.step_token(None)
+        marks = [*self.special_tokens, *([step_token] if step_token is not None else [])]
+        while any(mark in answer for mark in marks):  # what is left may join to a mark again
+            for mark in marks:
+                answer = answer.replace(mark, "")
+        return answer
 
     def encode(self, tokenizer: Any, question: str, steps: Sequence[str]) -> EncodedChain:
         """Token ids and step rows of a question and its steps; no step is the empty answer, judged by one row.

@@ -54,7 +54,7 @@ class ValueHeadPRM(PRMAdapter):
 
     def split_steps(self, answer: str) -> list[str]:
         """Parts between "Step k:", numbered again: the number is part of a step's text."""
-        parts = list(enumerate((part.strip() for part in _STEP.split(answer)), start=1))
+        parts = list(enumerate((part.strip() for part in _STEP.split(self.without_marks(answer))), start=1))
         parts = [(number, part) for number, part in parts if part]
         if self.variant == "paper":
             parts = [(number, part) for number, (_, part) in enumerate(parts, start=1)]

@@ -257,6 +257,18 @@ def test_answers_are_split_into_steps_without_empty_ones(name: str) -> None:
     assert adapter.split_steps("") == []
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_a_policy_cannot_mark_steps_of_its_own(name: str) -> None:
+    adapter, tokenizer = READERS[name]
+    mark = adapter.step_token(None)
+    if mark is None:
+        pytest.skip("no step token")
+    half = len(mark) // 2
+    steps = adapter.split_steps(f"a{mark} b{mark[:half]}{mark}{mark[half:]}c")
+    assert [step.removeprefix("Step 1: ") for step in steps] == ["a bc"]
+    assert len(adapter.encode(tokenizer, "Q", steps).step_positions) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "inside"),
     [("qwen", "<extra_0>"), ("shepherd", " ки "), ("shepherd-apart", "Науки"), ("reasoneval", "<s>"), ("pqm", "[PRM]")],

@@ -263,7 +263,7 @@ def test_a_network_calibrator_reads_the_hidden_states(loaded: dict[str, Loaded])
         (["Q"], "a", TypeError, "answers must be a sequence of strings or None, got one string 'a'"),
         (["Q", "R"], ["a"], ValueError, r"answers must have one entry per question \(2\), got 1"),
         (["Q", 3], ["a", "b"], TypeError, r"questions\[1\] must be a string, got int"),
-        (["Q", "Q"], ["a", "b<extra_0>c"], ValueError, r"answers\[1\]: .*must not contain the step token"),
+        (["Q", "Q<extra_0>"], ["a", "b"], ValueError, r"answers\[1\]: .*must not contain the step token"),
         (
             ["Q", "Q"],
             ["a", "x" * 600],

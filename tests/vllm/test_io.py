@@ -71,7 +71,7 @@ def prm_quantiles(llm: Any, answer: str) -> Any:
         ({"question": "q", "answers": ["a"], "targets": [1.0]}, "less than 1"),
         ({"question": "q", "answers": ["a"], "levels": [2.0]}, "less than or equal to 1"),
         ({"question": "q", "answers": ["a"], "calibrator": "mine"}, "calibrator must be one of those configured"),
-        ({"question": "q", "answers": ["a <extra_0> b"]}, "must not contain the step token"),
+        ({"question": "q <extra_0>", "answers": ["a"]}, "must not contain the step token"),
         (["q"], "data must be an object"),
     ],
 )
