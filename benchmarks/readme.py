@@ -192,6 +192,33 @@ def beam_search_tiny(result: dict[str, Any]) -> str:
     )
 
 
+def labels_tiny(result: dict[str, Any]) -> str:
+    """Heads trained on hard and soft labels, before and after calibration; mean and interval over seeds."""
+    seeds = result["hard_and_soft"]
+    rows = []
+    for label in seeds[0]:
+        row = [label]
+        for method, name in (
+            ("score", "bias"),
+            ("isotonic", "bias"),
+            ("CondOT", "bias"),
+            ("score", "spearman"),
+            ("CondOT", "spearman"),
+        ):
+            mean, half = mean_interval([seed[label][method][name] for seed in seeds])
+            row.append(f"{mean:+.3f} ± {half:.3f}" if name == "bias" else f"{mean:.2f} ± {half:.2f}")
+        rows.append(row)
+    header = [
+        "labels",
+        "bias, raw",
+        "bias, isotonic",
+        "bias, CondOT",
+        "rank correlation, raw",
+        "rank correlation, CondOT",
+    ]
+    return f"{len(seeds)} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels_cpu": kernels_cpu,
     "calibration_real": calibration_real,
@@ -199,6 +226,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "replay_real": replay_real,
     "vllm_cpu": vllm_cpu,
     "beam_search_tiny": beam_search_tiny,
+    "labels_tiny": labels_tiny,
 }
 
 
