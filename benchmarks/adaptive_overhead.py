@@ -4,7 +4,7 @@ python -m benchmarks.adaptive_overhead --output benchmarks/results/adaptive_over
 
 The judge answers at once with 100 quantiles, so that engine and controller stand alone. Times are CPU seconds of the
 thread that both run in; the engine's are those of submit, poll and abort. Two policies: the embedded one, whose answers
-have 20 tokens (no real model is as fast, so no share is larger), and a random one with longer answers.
+have 19 tokens at most (no real model is as fast, so no share is larger), and a random one with longer answers.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def policies(folder: Path, tokens: int) -> dict[str, tuple[VLLMEngine, list[str]
     embedded = VLLMEngine.from_pretrained(
         world.policy_directory(),
         tokenizer=str(world.tokenizer_directory()),
-        max_new_tokens=20,
+        max_new_tokens=19,
         max_model_len=64,
         **ENGINE,
     )

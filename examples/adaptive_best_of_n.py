@@ -18,7 +18,7 @@ policy = VLLMEngine.from_pretrained(
     world.policy_directory(),
     tokenizer=str(world.tokenizer_directory()),
     policy_id=world.engine.policy_id,
-    max_new_tokens=20,
+    max_new_tokens=19,  # what its PRM reads
     **{"max_model_len": 64, "dtype": "float32", "enforce_eager": True},
 )
 questions = world.questions(200, seed=1)

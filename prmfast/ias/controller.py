@@ -273,7 +273,7 @@ class BestOfNController:
         question = self._open.pop(key, None)
         if question is None:
             return []
-        question.closed = True
+        question.closed, question.active = True, False
         actions: list[Action] = [Abort(key, seed) for seed in sorted(question.running)]
         return actions + self._go_on((), now)
 
@@ -356,23 +356,12 @@ class BestOfNController:
         """Records a plan; whether it wants more samples."""
         self._record(question, plan, now)
         question.check_at, question.draw_to = plan.check_at, plan.draw_to
-        return plan.check_at > len(question.used)
+        return question.check_at > len(question.used)
 
     def _record(self, question: Question, plan: Plan, now: float) -> None:
         question.round += 1
-        question.decisions.append(
-            Decision(
-                question.key,
-                question.round,
-                len(question.used),
-                plan.budget,
-                plan.expected,
-                plan.why,
-                plan.success,
-                plan.solved,
-                now,
-            )
-        )
+        drawn, said = len(question.used), (plan.expected, plan.why, plan.success, plan.solved)
+        question.decisions.append(Decision(question.key, question.round, drawn, plan.budget, *said, now))
 
     def _fill(self, question: Question) -> list[Action]:
         until = min(question.draw_to, len(question.used) + self._ahead)

@@ -51,8 +51,17 @@ def test_the_names_that_others_build_on() -> None:
         ops: {"picnn_map", "ias_budget", "ias_curve", "ias_allocate", "resolve", "available"},
         calibration: {"CondOTCalibrator", "QuantileRegressionCalibrator", "CalibrationData", "metrics", "plots"},
         distrl: {"gae", "group_normalised_outcome", "distrl_advantages", "distrl_loss"},
-        ias: {"BudgetPolicy", "BestOfN", "compute_n_ias", "determine_k", "determine_m", "replay"},
-        engines: {"TransformersEngine"},
+        ias: {
+            "BudgetPolicy",
+            "BestOfN",
+            "AsyncBestOfN",
+            "BestOfNController",
+            "compute_n_ias",
+            "determine_k",
+            "determine_m",
+            "replay",
+        },
+        engines: {"TransformersEngine", "VLLMEngine", "AsyncVLLMEngine"},
         prm: {"AutoPRM", "losses"},
     }
     for module, names in fixed.items():

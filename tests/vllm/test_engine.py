@@ -32,7 +32,7 @@ def tiny_llm(start_llm: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def engine(tiny_llm: Any) -> VLLMEngine:
-    return VLLMEngine(tiny_llm, max_new_tokens=20, policy_id=WORLD.engine.policy_id)
+    return VLLMEngine(tiny_llm, max_new_tokens=19, policy_id=WORLD.engine.policy_id)
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_errors(tiny_llm: Any, prm_llm: Any, engine: VLLMEngine) -> None:
         VLLMEngine(tiny_llm, sampling={"seed": 1, "n": 2})
     with pytest.raises(TypeError, match="top_q"):
         VLLMEngine(tiny_llm, sampling={"top_q": 1})
-    with pytest.raises(ValueError, match=r"must fit into max_model_len = 64, got 18 \+ 30 \+ 20"):
+    with pytest.raises(ValueError, match=r"must fit into max_model_len = 64, got 18 \+ 30 \+ 19"):
         engine.submit(QUESTIONS[0], 0, prefix=" ;" * 30)
     with pytest.raises(ValueError, match=r"seeds\[0\] must lie in"):
         engine.submit(QUESTIONS[0], -1)
