@@ -49,7 +49,7 @@ class VLLMEngine:
             stop=stop,
             sampling=sampling,
         )
-        self.stop = tuple(stop)
+        self.temperature, self.max_new_tokens, self.stop = temperature, max_new_tokens, tuple(stop)
         self.policy_id = policy_id or str(self._engine.model_config.model)
         self._names = itertools.count()
         self._running: dict[str, tuple[Request, str]] = {}  # by request id: request and vLLM's own id

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prmfast.engines._vllm_requests import Request, Requests, engine_defaults, vllm_class
+from prmfast.engines._vllm_requests import Requests, engine_defaults, vllm_class
+from prmfast.engines._vllm_streams import last_output
 from prmfast.engines.base import Completion, EngineStats
 
 _NAME = "AsyncVLLMEngine"
-_AGAIN = 0.02  # seconds until an abort is repeated that came before vLLM had registered the request
 
 
 class AsyncVLLMEngine:
@@ -47,8 +47,8 @@ class AsyncVLLMEngine:
             sampling=sampling,
         )
         self.policy_id = policy_id or str(llm.model_config.model)
+        self.temperature, self.max_new_tokens, self.stop = temperature, max_new_tokens, tuple(stop)
         self._running: set[str] = set()
-        self._cleaning: set[asyncio.Task[None]] = set()
 
     @classmethod
     def from_pretrained(
@@ -80,17 +80,18 @@ class AsyncVLLMEngine:
         """One more sample; see ``AsyncEngine.draw`` and, for errors, `VLLMEngine.sample`."""
         request = self._requests.make(prompt, seed, prefix)
         request_id = f"prmfast-{uuid.uuid4().hex}"
-        # A task of its own: where cancelling this call cut vLLM's off half way, it could leave the request running.
-        stream = asyncio.create_task(self._last_output(request, request_id))
+        ids = {"prompt_token_ids": request.prompt_ids + request.prefix_ids}
+        outputs = self.llm.generate(ids, self._requests.params(seed), request_id)
         self._running.add(request_id)
+
+        def gone(output: Any) -> None:
+            self._running.discard(request_id)
+            self._requests.given_up(0 if output is None else len(output.outputs[0].token_ids))
+
         try:
-            output = await asyncio.shield(stream)
+            output = await last_output(outputs, lambda: self.llm.abort(request_id), gone)
         except asyncio.CancelledError:
-            cleaning = asyncio.create_task(self._give_up(stream, request_id))
-            self._cleaning.add(cleaning)
-            cleaning.add_done_callback(self._cleaning.discard)
-            await asyncio.shield(cleaning)
-            raise
+            raise  # `gone` is called when it is, which a second cancellation does not wait for
         except BaseException:
             self._running.discard(request_id)
             raise
@@ -104,19 +105,3 @@ class AsyncVLLMEngine:
     def shutdown(self) -> None:
         """Ends the engine's process."""
         self.llm.shutdown()
-
-    async def _last_output(self, request: Request, request_id: str) -> Any:
-        ids = {"prompt_token_ids": request.prompt_ids + request.prefix_ids}
-        last = None
-        async for output in self.llm.generate(ids, self._requests.params(request.seed), request_id):
-            last = output
-        return last
-
-    async def _give_up(self, stream: asyncio.Task[Any], request_id: str) -> None:
-        while not stream.done():
-            await self.llm.abort(request_id)
-            await asyncio.wait({stream}, timeout=_AGAIN)
-        self._running.discard(request_id)
-        failed = stream.cancelled() or stream.exception() is not None
-        output = None if failed else stream.result()
-        self._requests.given_up(0 if output is None else len(output.outputs[0].token_ids))

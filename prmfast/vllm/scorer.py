@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from prmfast.engines._vllm_streams import last_output
 from prmfast.engines.base import StepScores
 from prmfast.vllm.arguments import check_engine, prm_engine_args
 from prmfast.vllm.chains import Chain, StepStore, make_chain, next_wave
@@ -310,10 +311,12 @@ class AsyncVLLMPRM:
 
     async def _encode(self, chain: Chain, *, whole: bool) -> Any:
         prompt, params = self._scoring.ask(chain, whole=whole)
-        outputs = [output async for output in self.engine.encode(prompt, params, request_id=next(self._ids))]
-        if not outputs:
+        request_id = next(self._ids)
+        outputs = self.engine.encode(prompt, params, request_id=request_id)
+        output = await last_output(outputs, lambda: self.engine.abort(request_id))
+        if output is None or not output.finished:
             raise RuntimeError(f"{self.prm_id}: the engine ended a request without an answer; was it shut down?")
-        return outputs[-1]
+        return output
 
 
 def check_pairs(questions: Sequence[str], answers: Sequence[str | None]) -> None:
