@@ -1,7 +1,7 @@
 """One small labelling job on the tiny world, and the process that kills it.
 
 python -m tests.pipeline.jobs DIRECTORY SEED   forks the job and kills it at random moments until it ends by itself
-python -m tests.pipeline.jobs DIRECTORY        runs it once
+python -m tests.pipeline.jobs DIRECTORY        runs it until two parts are there, then waits for a signal
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ LIVES = 400  # far more than it takes
 
 
 class LoudEngine:
-    """The tiny engine, telling each call's questions to a file before it starts."""
+    """The tiny engine, telling each call's questions to a file before it starts; ``hold`` makes it wait for a signal."""
 
-    def __init__(self, world: TinyWorld, log: Path) -> None:
-        self.engine, self.log = world.engine, log
+    def __init__(self, world: TinyWorld, log: Path, hold: Callable[[], bool] = lambda: False) -> None:
+        self.engine, self.log, self.hold = world.engine, log, hold
         self.policy_id, self.temperature = world.engine.policy_id, world.engine.temperature
 
     def sample(
@@ -38,6 +38,8 @@ class LoudEngine:
     ) -> list[Completion]:
         with self.log.open("a") as file:
             file.write(json.dumps(sorted(set(prompts))) + "\n")
+        if self.hold():
+            signal.pause()
         return self.engine.sample(prompts, seeds, prefixes=prefixes)
 
 
@@ -50,10 +52,9 @@ def labeller(world: TinyWorld, engine: Any = None, **settings: Any) -> Labeller:
     return Labeller(engine or world.engine, world.verify, world.prm, SplitAfter(";"), chosen)
 
 
-def run(world: TinyWorld, directory: Path, log: Path) -> LabelRun:
-    return label_questions(
-        questions(world), directory, labeller(world, LoudEngine(world, log)), chunk_size=CHUNK, progress=False
-    )
+def run(world: TinyWorld, directory: Path, log: Path, hold: Callable[[], bool] = lambda: False) -> LabelRun:
+    engine = LoudEngine(world, log, hold)
+    return label_questions(questions(world), directory, labeller(world, engine), chunk_size=CHUNK, progress=False)
 
 
 def fork(world: TinyWorld, directory: Path, log: Path) -> int:
@@ -80,8 +81,7 @@ def main() -> None:
     world.prm.score(questions(world)[:1], [["1 ; # 1"]])
     log = directory.with_suffix(".log")
     if len(sys.argv) == 2:
-        print("ready", flush=True)
-        run(world, directory, log)
+        run(world, directory, log, hold=lambda: len(finished(directory)) >= 2)
         return
     begun = time.perf_counter()
     os.waitpid(fork(world, directory.with_suffix(".whole"), directory.with_suffix(".whole.log")), 0)

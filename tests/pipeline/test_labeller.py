@@ -40,7 +40,7 @@ def test_rows_are_samples_with_the_prms_scores(world: TinyWorld, chunk: list[str
         assert row["correct"] == world.verify(row["question"], drawn.text)
         assert row["question_id"] == task.question_id(row["question"])
         assert row["policy_id"] == world.engine.policy_id
-        scores, states = world.prm.judge([row["question"]], [[drawn.text]])[0][0]
+        scores, states = world.prm.step_outputs([row["question"]], [[drawn.text]])[0][0]
         assert row["prm_step_scores"] == pytest.approx(scores.tolist(), abs=1e-5)
         assert torch.tensor(row["hidden_states"]).sub(states).abs().max() < 1e-4
         score, state = world.prm.question_state([row["question"]])

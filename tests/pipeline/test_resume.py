@@ -63,15 +63,9 @@ def test_killed_at_random_moments(world: TinyWorld, whole: LabelRun, tmp_path: P
 def test_ctrl_c(world: TinyWorld, whole: LabelRun, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     job = subprocess.Popen(
-        [sys.executable, "-m", "tests.pipeline.jobs", str(directory)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "tests.pipeline.jobs", str(directory)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    assert job.stdout is not None
-    assert job.stdout.readline() == "ready\n"
-    while not jobs.finished(directory):
+    while len(jobs.finished(directory)) < 2:
         assert job.poll() is None
     job.send_signal(signal.SIGINT)
     _, errors = job.communicate(timeout=60)
@@ -80,7 +74,7 @@ def test_ctrl_c(world: TinyWorld, whole: LabelRun, tmp_path: Path) -> None:
     assert not list(directory.rglob(".*.part"))
     done = len(jobs.finished(directory))
     again = jobs.run(world, directory, tmp_path / "log")
-    assert 0 < again.resumed == done < again.chunks
+    assert again.resumed == done == 2
     same(directory, whole)
 
 
