@@ -27,7 +27,7 @@ LIVES = 400  # far more than it takes
 
 
 class LoudEngine:
-    """The tiny engine, telling each call's questions to a file before it starts; ``hold`` makes it wait for a signal."""
+    """The tiny engine, telling each call's questions to a file first; ``hold`` makes it wait for a signal."""
 
     def __init__(self, world: TinyWorld, log: Path, hold: Callable[[], bool] = lambda: False) -> None:
         self.engine, self.log, self.hold = world.engine, log, hold
