@@ -26,6 +26,9 @@ ELEVEN = [i / 10 for i in range(11)]
 MIDPOINTS = [(i + 0.5) / 100 for i in range(100)]
 
 
+pytestmark = pytest.mark.xdist_group("emulated_picnn")  # the library is compiled once
+
+
 @pytest.fixture(scope="module")
 def kernels() -> EmulatedPicnn:
     return EmulatedPicnn()

@@ -31,6 +31,9 @@ each_width = pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
+pytestmark = pytest.mark.xdist_group("emulated_picnn")  # the library is compiled once
+
+
 @pytest.fixture(scope="module")
 def kernels() -> EmulatedPicnn:
     return EmulatedPicnn()
