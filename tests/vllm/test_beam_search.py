@@ -117,7 +117,7 @@ def test_the_tiny_world_on_vllm(start_llm: Callable[..., Any]) -> None:
     """A trained policy, step by step: most answers of the search are right, far more than single samples."""
     world = TinyWorld.load()
     folders = {"model": str(world.policy_directory()), "tokenizer": str(world.tokenizer_directory())}
-    llm = start_llm(**folders, max_model_len=64, enable_prefix_caching=True)
+    llm = start_llm(**folders, max_model_len=64, enable_prefix_caching=True, enable_chunked_prefill=False)
     engine = VLLMEngine(llm, max_new_tokens=4, stop=(";",))
     questions = world.questions(16, 5, (6, 8))
     shape = BeamSettings(8, 4, max_steps=10)
