@@ -1,0 +1,51 @@
+"""Training of process reward models on transformers' Trainer and accelerate: value heads, quantile heads.
+
+Needs the extra ``train``; nothing of it is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prmfast.prm.train.batches import LengthBuckets, StepCollator
+    from prmfast.prm.train.checkpoints import last_checkpoint
+    from prmfast.prm.train.model import StepModel, load_backbone
+    from prmfast.prm.train.objective import StepObjective
+    from prmfast.prm.train.rows import StepRows
+    from prmfast.prm.train.trainer import PRMConfig, PRMTrainer
+
+_WHERE = {
+    "LengthBuckets": "batches",
+    "PRMConfig": "trainer",
+    "PRMTrainer": "trainer",
+    "StepCollator": "batches",
+    "StepModel": "model",
+    "StepObjective": "objective",
+    "StepRows": "rows",
+    "last_checkpoint": "checkpoints",
+    "load_backbone": "model",
+}
+
+__all__ = [
+    "LengthBuckets",
+    "PRMConfig",
+    "PRMTrainer",
+    "StepCollator",
+    "StepModel",
+    "StepObjective",
+    "StepRows",
+    "last_checkpoint",
+    "load_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"prmfast.prm.train.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'prmfast.prm.train' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
