@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prmfast.prm.train.checkpoints import last_checkpoint
     from prmfast.prm.train.model import StepModel, load_backbone
     from prmfast.prm.train.objective import StepObjective
+    from prmfast.prm.train.quantile import QuantileConfig, QuantilePRM, QuantileTrainer, load_quantile_prm
     from prmfast.prm.train.rows import StepRows
     from prmfast.prm.train.trainer import PRMConfig, PRMTrainer
 
@@ -20,24 +21,32 @@ _WHERE = {
     "LengthBuckets": "batches",
     "PRMConfig": "trainer",
     "PRMTrainer": "trainer",
+    "QuantileConfig": "quantile",
+    "QuantilePRM": "quantile",
+    "QuantileTrainer": "quantile",
     "StepCollator": "batches",
     "StepModel": "model",
     "StepObjective": "objective",
     "StepRows": "rows",
     "last_checkpoint": "checkpoints",
     "load_backbone": "model",
+    "load_quantile_prm": "quantile",
 }
 
 __all__ = [
     "LengthBuckets",
     "PRMConfig",
     "PRMTrainer",
+    "QuantileConfig",
+    "QuantilePRM",
+    "QuantileTrainer",
     "StepCollator",
     "StepModel",
     "StepObjective",
     "StepRows",
     "last_checkpoint",
     "load_backbone",
+    "load_quantile_prm",
 ]
 
 

@@ -28,7 +28,7 @@ class StepModel(nn.Module):
         self.config = backbone.config
         self._prefix: str = getattr(backbone, "base_model_prefix", "model") or "model"
         self.add_module(self._prefix, backbone)
-        self._head = "v_head" if isinstance(head, ValueHead) else "head"
+        self._head = "v_head" if isinstance(head, ValueHead) else "step_head"
         self.add_module(self._head, head)
 
     @property
@@ -76,4 +76,4 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            vars(module)["attention_dropout"] = 0.0

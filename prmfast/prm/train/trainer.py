@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from prmfast.prm.adapter import PRMAdapter
+from prmfast.prm.adapter import PRMAdapter, PRMError
 from prmfast.prm.data import Example, read_examples
 from prmfast.prm.heads import StepHead, ValueHead
 from prmfast.prm.train.batches import LengthBuckets, StepCollator
@@ -27,7 +27,7 @@ Data = str | os.PathLike[str] | Iterable[Example | Mapping[str, Any]] | StepRows
 
 
 @dataclass
-class PRMConfig(TrainingArguments):
+class PRMConfig(TrainingArguments):  # type: ignore[misc]
     """`transformers.TrainingArguments` and what a PRM adds; the names are those of the PRMConfig that TRL had.
 
     Args:
@@ -178,8 +178,19 @@ class PRMTrainer(Trainer):  # type: ignore[misc]
         self.sampler = LengthBuckets(rows.lengths, update, seed=seed)
         return self.sampler
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """PRMError unless a checkpoint has every tensor that is trained; frozen ones are not saved."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        wrong = sorted(trained & set(load_result.missing_keys)) or list(load_result.unexpected_keys)
+        if wrong:
+            raise PRMError(f"the checkpoint in {self.args.output_dir} is another model's: {wrong[0]!r} is not in both")
+
+    def _save_state(self, output_dir: str | None, state_dict: Any) -> None:
+        """Tensors, tokenizer and arguments."""
         super()._save(output_dir, state_dict)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._save_state(output_dir, state_dict)
         if self.args.should_save:
             config = copy.deepcopy(self.model.config)
             config.architectures = ["ValueHeadPRM"]

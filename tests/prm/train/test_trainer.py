@@ -54,25 +54,30 @@ def same(a: Any, b: Any) -> None:
     [("pqm", "pqm"), ("pqm", "theorem"), ("pqm", "first_wrong"), ("bce", "pqm"), ("mse", "pqm"), ("orm", "pqm")],
 )
 def test_it_learns_the_letter(tmp_path: Path, loss: str, variant: str) -> None:
-    run = trainer(tmp_path, loss=loss, variant=variant, num_train_epochs=6, learning_rate=3e-3)
+    data = chains()
+    if loss == "orm":  # the last step alone tells the outcome
+        data = [
+            StepExample(
+                c.question, (*["aaaaaa"] * (len(c.steps) - 1), c.steps[-1]), (*[1.0] * (len(c.steps) - 1), c.labels[-1])
+            )
+            for c in data
+        ]
+    run = trainer(tmp_path, data=data, loss=loss, variant=variant, num_train_epochs=6, learning_rate=3e-3)
+    before = run.evaluate(run.train_dataset)["eval_loss"]
     run.train()
-    found = losses(run)
-    assert sum(found[-12:]) < 0.6 * sum(found[:12])
-    if loss == "orm":  # learns the last step's row alone
-        return
+    assert run.evaluate(run.train_dataset)["eval_loss"] < 0.3 * before
     run.save_model()
     prm = AutoPRM.from_pretrained(tmp_path)
     assert isinstance(prm.adapter, ValueHeadPRM)
-    right = wrong = 0
+    good, bad = [], []
     for example in chains(16, seed=1):
         text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(example.steps, start=1))
         (scores,) = prm.score([example.question], [[text]])[0]
-        assert len(scores) == len(example.steps)
-        good = [s for s, label in zip(scores, example.labels, strict=True) if label]
-        bad = [s for s, label in zip(scores, example.labels, strict=True) if not label]
-        right += sum(g > b for g in good for b in bad)
-        wrong += sum(g <= b for g in good for b in bad)
-    assert right > 0.9 * (right + wrong)
+        for score, label in zip(scores, example.labels, strict=True):
+            (good if label else bad).append(score)
+    assert len(good) > 10
+    assert len(bad) > 10
+    assert sum(g > b for g in good for b in bad) > 0.95 * len(good) * len(bad)
 
 
 def test_the_saved_checkpoint_scores_as_the_model_that_was_trained(tmp_path: Path) -> None:

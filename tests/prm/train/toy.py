@@ -19,14 +19,14 @@ def chains(count: int = 48, seed: int = 0) -> list[StepExample]:
     made = []
     for i in range(count):
         labels = tuple(float(draw.random() < 0.6) for _ in range(draw.randint(1, 4)))
-        made.append(StepExample(f"Q{i % 7}" * (1 + i % 3), tuple("ab"[label == 1] for label in labels), labels))
+        made.append(StepExample(f"Q{i % 7}" * (1 + i % 3), tuple("ab"[label == 1] * 6 for label in labels), labels))
     return made
 
 
 def backbone(seed: int = 0, dropout: float = 0.0) -> tuple[Any, Any]:
     tokenizer = byte_level(("<|endoftext|>", "[PRM]"))
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tokenizer), attention_dropout=dropout, **SIZES)
+    config = LlamaConfig(vocab_size=len(tokenizer), attention_dropout=dropout, **(SIZES | {"initializer_range": 0.05}))
     return LlamaModel(config), tokenizer
 
 
