@@ -1,4 +1,5 @@
-"""Training of process reward models on transformers' Trainer and accelerate: value heads, quantile heads.
+"""Training of process reward models on transformers' Trainer and accelerate: value heads, quantile heads,
+implicit models.
 
 Needs the extra ``train``; nothing of it is imported before it is used.
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prmfast.prm.train.batches import LengthBuckets, StepCollator
     from prmfast.prm.train.checkpoints import last_checkpoint
+    from prmfast.prm.train.implicit import ImplicitConfig, ImplicitTrainer
     from prmfast.prm.train.model import StepModel, load_backbone
     from prmfast.prm.train.objective import StepObjective
     from prmfast.prm.train.quantile import QuantileConfig, QuantilePRM, QuantileTrainer, load_quantile_prm
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from prmfast.prm.train.trainer import PRMConfig, PRMTrainer
 
 _WHERE = {
+    "ImplicitConfig": "implicit",
+    "ImplicitTrainer": "implicit",
     "LengthBuckets": "batches",
     "PRMConfig": "trainer",
     "PRMTrainer": "trainer",
@@ -34,6 +38,8 @@ _WHERE = {
 }
 
 __all__ = [
+    "ImplicitConfig",
+    "ImplicitTrainer",
     "LengthBuckets",
     "PRMConfig",
     "PRMTrainer",

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
-from prmfast.prm.adapter import PRMAdapter, PRMError
-from prmfast.prm.data import Example, read_examples
+from prmfast.prm.adapter import PRMAdapter
+from prmfast.prm.data import Example
 from prmfast.prm.heads import StepHead, ValueHead
-from prmfast.prm.train.batches import LengthBuckets, StepCollator
-from prmfast.prm.train.checkpoints import last_checkpoint
+from prmfast.prm.train.base import UpdateMeanTrainer, as_examples
+from prmfast.prm.train.batches import StepCollator
 from prmfast.prm.train.model import StepModel, disable_dropout, load_backbone
 from prmfast.prm.train.objective import StepObjective
 from prmfast.prm.train.rows import StepRows
@@ -48,18 +46,7 @@ class PRMConfig(TrainingArguments):  # type: ignore[misc]
     train_on_last_step_only: bool = False
 
 
-class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler which epoch begins, also after a resumption."""
-
-    def __init__(self, trainer: PRMTrainer) -> None:
-        self._trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._trainer.sampler is not None:
-            self._trainer.sampler.epoch = int(state.epoch)
-
-
-class PRMTrainer(Trainer):  # type: ignore[misc]
+class PRMTrainer(UpdateMeanTrainer):
     """Trains a value head and its decoder on step labels ([Q]: PQM, and BCE, MSE and ORM beside it).
 
     The loss of an update is the mean over all its units (`StepObjective`), whatever the accumulation steps and the
@@ -89,7 +76,6 @@ class PRMTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self.adapter = adapter or ValueHeadPRM()
         self.objective = self._objective(args)
-        self.sampler: LengthBuckets | None = None
         if isinstance(model, (str, os.PathLike)):
             model, processing_class = load_backbone(os.fspath(model), self.adapter)
         if processing_class is None:
@@ -108,9 +94,6 @@ class PRMTrainer(Trainer):  # type: ignore[misc]
             processing_class=processing_class,
             **options,
         )
-        self.label_names = ["labels"]
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole update, not by batches
-        self.add_callback(_Epochs(self))
 
     def _objective(self, args: PRMConfig) -> StepObjective:
         return StepObjective(args.loss, args.variant, args.zeta, args.normalization)
@@ -126,7 +109,7 @@ class PRMTrainer(Trainer):  # type: ignore[misc]
             return None
         if not isinstance(data, StepRows):
             data = StepRows(
-                _examples(data),
+                as_examples(data),
                 self.adapter,
                 tokenizer,
                 max_length=args.max_length,
@@ -138,52 +121,14 @@ class PRMTrainer(Trainer):  # type: ignore[misc]
         self.objective.check([data[i]["labels"] for i in range(len(data))])
         return data
 
-    def resume(self) -> Any:
-        """``train`` from the last whole checkpoint in ``args.output_dir``, from the beginning where there is none."""
-        found = last_checkpoint(self.args.output_dir, processes=self.args.world_size)
-        return self.train(resume_from_checkpoint=None if found is None else str(found))
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """This process's share of the mean loss of the update, times the processes that gradients are averaged over."""
-        labels = inputs["labels"]
+    def batch_loss(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The objective's mean and the logits [B, H, k]."""
         logits = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = self.objective(logits, labels)
-        if num_items_in_batch is not None:
-            total = torch.as_tensor(num_items_in_batch, device=loss.device).clamp_min(1)
-            loss = loss * self.objective.units(labels) / total * self.accelerator.num_processes
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return self.objective(logits, inputs["labels"]), logits
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The batches of one update and the units of all processes' batches."""
-        batches = list(islice(epoch_iterator, num_batches))
-        return batches, self._get_num_items_in_batch(batches, device)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
-        if not batch_samples:
-            return None
-        units = sum((self.objective.units(batch["labels"]) for batch in batch_samples), start=torch.tensor(0))
-        return cast(Tensor, self.accelerator.gather(units.to(device)).sum())
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
-        rows = cast(StepRows, train_dataset if train_dataset is not None else self.train_dataset)
-        args = self.args
-        update = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = LengthBuckets(rows.lengths, update, seed=seed)
-        return self.sampler
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """PRMError unless a checkpoint has every tensor that is trained; frozen ones are not saved."""
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        wrong = sorted(trained & set(load_result.missing_keys)) or list(load_result.unexpected_keys)
-        if wrong:
-            raise PRMError(f"the checkpoint in {self.args.output_dir} is another model's: {wrong[0]!r} is not in both")
+    def batch_units(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The objective's units."""
+        return self.objective.units(inputs["labels"])
 
     def _save_state(self, output_dir: str | None, state_dict: Any) -> None:
         """Tensors, tokenizer and arguments."""
@@ -195,13 +140,3 @@ class PRMTrainer(Trainer):  # type: ignore[misc]
             config = copy.deepcopy(self.model.config)
             config.architectures = ["ValueHeadPRM"]
             config.save_pretrained(output_dir or self.args.output_dir)
-
-
-def _examples(data: Any) -> Iterable[Example]:
-    """Examples of a file, of rows, or as they are."""
-    if isinstance(data, (str, os.PathLike)):
-        return read_examples(data)
-    items = list(data)
-    if all(isinstance(item, Example) for item in items):
-        return items
-    return read_examples(items)
