@@ -125,7 +125,8 @@ class AnswerModel(nn.Module):
         row, before = answer_mask[:, 1:].nonzero(as_tuple=True)
         found = torch.zeros(input_ids.shape, dtype=torch.float64, device=states.device)
         if not len(row):  # every parameter stays in the graph: processes wait for each other's gradients
-            return found + 0.0 * (states.sum() + weight.sum())
+            anchor: Tensor = 0.0 * (states.sum() + weight.sum())
+            return found + anchor
         with torch.autocast(states.device.type, enabled=False):
             values = linear_entry_logprob(
                 states[row, before].to(weight.dtype),
