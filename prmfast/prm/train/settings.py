@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,7 +49,7 @@ class TrainSettings(BaseModel):
     save_steps: int = Field(default=500, ge=1)
     save_total_limit: int | None = Field(default=2, ge=1)
 
-    _own: frozenset[str] = frozenset({"model", "train", "eval", "data_schema", "skip_bad_rows", "deepspeed"})
+    _own: ClassVar[frozenset[str]] = frozenset({"model", "train", "eval", "data_schema", "skip_bad_rows", "deepspeed"})
 
     def arguments(self, *, quiet: bool) -> dict[str, Any]:
         """Keyword arguments of the config of the trainer."""
@@ -111,7 +111,7 @@ class QuantileSettings(TrainSettings):
     lora_layers: list[int] | None = None
     max_length: int | None = Field(default=4096, ge=1)
 
-    _own: frozenset[str] = TrainSettings._own.default | {"adapter"}
+    _own: ClassVar[frozenset[str]] = TrainSettings._own | {"adapter"}
 
     def trainer(self, *, quiet: bool) -> Any:
         """A `QuantileTrainer`."""
@@ -135,7 +135,7 @@ class IPVRMSettings(TrainSettings):
     margin: float | None = None
     max_length: int = Field(default=4096, ge=1)
 
-    _own: frozenset[str] = TrainSettings._own.default | {"reference"}
+    _own: ClassVar[frozenset[str]] = TrainSettings._own | {"reference"}
 
     def trainer(self, *, quiet: bool) -> Any:
         """An `ImplicitTrainer`."""

@@ -14,10 +14,11 @@ from tests.prm.train.toy import At, chains, losses, trainer
 
 
 def killed(folder: Path) -> None:
-    """Trains with dropout, saves every two steps and dies in step 5 of 24."""
+    """Trains with dropout, saves every two steps and dies in step 5 of 12."""
     run = trainer(
         folder,
         dropout=0.2,
+        data=chains(24),
         save_strategy="steps",
         save_steps=2,
         callbacks=[At(5, lambda _: os.kill(os.getpid(), signal.SIGKILL))],

@@ -62,7 +62,15 @@ def test_it_learns_the_letter(tmp_path: Path, loss: str, variant: str) -> None:
             )
             for c in data
         ]
-    run = trainer(tmp_path, data=data, loss=loss, variant=variant, num_train_epochs=6, learning_rate=3e-3)
+    run = trainer(
+        tmp_path,
+        data=data,
+        loss=loss,
+        variant=variant,
+        per_device_train_batch_size=8,
+        num_train_epochs=6,
+        learning_rate=3e-3,
+    )
     before = run.evaluate(run.train_dataset)["eval_loss"]
     run.train()
     assert run.evaluate(run.train_dataset)["eval_loss"] < 0.3 * before
@@ -113,21 +121,22 @@ def test_the_head_sees_step_rows_alone_in_float32() -> None:
 
 def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
     for loss in ("pqm", "bce"):
-        one = trainer(tmp_path, data=chains(42), per_device_train_batch_size=8, loss=loss, num_train_epochs=1)
+        one = trainer(tmp_path, data=chains(18), per_device_train_batch_size=8, loss=loss, num_train_epochs=1)
         one.train()
         four = trainer(
             tmp_path,
-            data=chains(42),
+            data=chains(18),
             per_device_train_batch_size=2,
             gradient_accumulation_steps=4,
             loss=loss,
             num_train_epochs=1,
         )
         four.train()
-        assert len(losses(one)) == 6
+        assert len(losses(one)) == 3
         torch.testing.assert_close(losses(four), losses(one), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     pytest.importorskip("torch.distributed")
     if not torch.distributed.is_gloo_available():
@@ -152,9 +161,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert max(float((weights[k] - v).abs().max()) for k, v in one.model.state_dict().items()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit_with_dropout(tmp_path: Path) -> None:
     process = start("killed", tmp_path / "killed", OMP_NUM_THREADS="1")
-    whole = trainer(tmp_path / "whole", dropout=0.2, save_strategy="steps", save_steps=2)
+    whole = trainer(tmp_path / "whole", dropout=0.2, data=chains(24), save_strategy="steps", save_steps=2)
     whole.train()
     _, error = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, error.decode()[-2000:]
@@ -162,19 +172,19 @@ def test_a_killed_run_goes_on_bit_for_bit_with_dropout(tmp_path: Path) -> None:
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"torn")
     assert last_checkpoint(tmp_path / "killed") == tmp_path / "killed" / "checkpoint-4"
-    rest = trainer(tmp_path / "killed", dropout=0.2, save_strategy="steps", save_steps=2)
+    rest = trainer(tmp_path / "killed", dropout=0.2, data=chains(24), save_strategy="steps", save_steps=2)
     rest.resume()
-    assert rest.state.global_step == whole.state.global_step == 24
+    assert rest.state.global_step == whole.state.global_step == 12
     assert losses(rest) == losses(whole)
     same(rest.model, whole.model)
-    other = trainer(tmp_path / "other", dropout=0.0)
+    other = trainer(tmp_path / "other", dropout=0.0, data=chains(24))
     other.train()
     assert losses(other) != losses(whole)  # dropout was on
 
 
-@pytest.mark.parametrize("stop", [5, 12, 15])  # within the first epoch, at its end, within the second
+@pytest.mark.parametrize("stop", [4, 6, 8])  # within the first epoch, at its end, within the second
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, stop: int) -> None:
-    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": stop}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": stop, "data": chains(24)}
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
 
