@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaModel, TrainerCallback
 
 from prmfast.prm.data import StepExample
 from prmfast.prm.train import PRMConfig, PRMTrainer
+from prmfast.prm.value_head import ValueHeadPRM
 from tests.prm.models import SIZES, byte_level
 
 
@@ -46,7 +47,13 @@ def config(folder: Path, **options: Any) -> PRMConfig:
 
 
 def trainer(
-    folder: Path, *, dropout: float = 0.0, data: Any = None, callbacks: Any = None, **options: Any
+    folder: Path,
+    *,
+    dropout: float = 0.0,
+    data: Any = None,
+    callbacks: Any = None,
+    adapter: Any = None,
+    **options: Any,
 ) -> PRMTrainer:
     model, tokenizer = backbone(dropout=dropout)
     return PRMTrainer(
@@ -54,6 +61,7 @@ def trainer(
         config(folder, disable_dropout=dropout == 0, **options),
         chains() if data is None else data,
         processing_class=tokenizer,
+        adapter=adapter or ValueHeadPRM(prompt="train"),  # the shorter one
         callbacks=callbacks,
     )
 
