@@ -1,4 +1,4 @@
-"""The command line: ``prmfast demo | label | calibrate | evaluate | replay | bench | env``."""
+"""The command line: ``prmfast demo | label | train | calibrate | evaluate | replay | bench | env``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
+
+from prmfast.prm.train.command import train_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,10 +44,11 @@ def user_errors(command: Command) -> Command:
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
         from prmfast.calibration.artifact import ArtifactError
+        from prmfast.prm.adapter import PRMError
 
         try:
             return command(*arguments, **options)
-        except (ValueError, TypeError, OSError, ImportError, ArtifactError) as error:
+        except (ValueError, TypeError, OSError, ImportError, ArtifactError, PRMError) as error:
             from rich.console import Console
             from rich.markup import escape
 
@@ -53,6 +56,9 @@ def user_errors(command: Command) -> Command:
             raise typer.Exit(1) from error
 
     return cast(Command, run)
+
+
+app.add_typer(train_app(user_errors), name="train")
 
 
 @app.command()

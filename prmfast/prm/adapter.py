@@ -105,6 +105,10 @@ class PRMAdapter(abc.ABC):
                 answer = answer.replace(mark, "")
         return answer
 
+    def format_steps(self, steps: Sequence[str]) -> list[str]:
+        """Steps of a data set as `split_steps` would give them: what `encode` is to read in training; as they are."""
+        return list(steps)
+
     def encode(self, tokenizer: Any, question: str, steps: Sequence[str]) -> EncodedChain:
         """Token ids and step rows of a question and its steps; no step is the empty answer, judged by one row.
 

@@ -60,6 +60,10 @@ class ValueHeadPRM(PRMAdapter):
             parts = [(number, part) for number, (_, part) in enumerate(parts, start=1)]
         return [f"Step {number}: {part}" for number, part in parts]
 
+    def format_steps(self, steps: Sequence[str]) -> list[str]:
+        """With "Step k:" in front of each step that does not begin with a number of its own."""
+        return [step if _STEP.match(step) else f"Step {number}: {step}" for number, step in enumerate(steps, start=1)]
+
     def text(self, question: str, steps: Sequence[str]) -> str:
         """Prompt, line break, steps."""
         answer = "\n".join(f"{step} [PRM]" for step in steps or [""])

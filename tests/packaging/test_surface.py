@@ -27,6 +27,7 @@ _NOUNS = (
     ".prm",
     ".prm.data",
     ".prm.losses",
+    ".prm.train",
     ".pipeline",
     ".evaluation",
     ".tiny",
