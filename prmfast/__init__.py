@@ -6,24 +6,26 @@ compiled extension.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from prmfast._lazy import lazy_names
 from prmfast._version import __version__
 
 if TYPE_CHECKING:
-    from prmfast import calibration, distrl, engines, ias, ops, traces
+    from prmfast import calibration, distrl, engines, evaluation, ias, ops, pipeline, prm, traces, vllm
 
-__all__ = ["__version__", "calibration", "distrl", "engines", "ias", "ops", "traces"]
+__all__ = [
+    "__version__",
+    "calibration",
+    "distrl",
+    "engines",
+    "evaluation",
+    "ias",
+    "ops",
+    "pipeline",
+    "prm",
+    "traces",
+    "vllm",
+]
 
-_SUBPACKAGES = frozenset(__all__) - {"__version__"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"prmfast.{name}")
-    raise AttributeError(f"module 'prmfast' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, {name: name for name in __all__[1:]}, __all__)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prmfast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from prmfast.calibration import metrics, plots
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from prmfast.calibration.data import CalibrationData
     from prmfast.calibration.quantile_regression import QuantileRegressionCalibrator
 
-_WHERE = {
+_HOME = {
     "ArtifactError": "artifact",
     "BetaBinomialCalibrator": "beta_binomial",
     "CalibrationData": "data",
@@ -35,6 +36,8 @@ _WHERE = {
     "QuantileRegressionCalibrator": "quantile_regression",
     "RawScore": "baselines",
     "TemperatureCalibrator": "baselines",
+    "metrics": "metrics",
+    "plots": "plots",
 }
 
 __all__ = [
@@ -63,13 +66,4 @@ def load_calibrator(directory: str | os.PathLike[str]) -> Calibrator:
     return load(directory)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"prmfast.calibration.{_WHERE[name]}"), name)
-    if name in ("metrics", "plots"):
-        return importlib.import_module(f"prmfast.calibration.{name}")
-    raise AttributeError(f"module 'prmfast.calibration' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from prmfast._lazy import lazy_names
 from prmfast.engines.base import (
     AsyncEngine,
     AsyncJudge,
@@ -45,12 +45,4 @@ __all__ = [
 
 _HOME = {"AsyncVLLMEngine": "vllm_async", "TransformersEngine": "transformers", "VLLMEngine": "vllm"}
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"prmfast.engines.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'prmfast.engines' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

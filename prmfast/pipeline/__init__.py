@@ -6,8 +6,9 @@ part: killed at any moment and started again, nothing is lost, and nothing that 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prmfast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from prmfast.pipeline.labeller import Labeller, LabelSettings
@@ -46,12 +47,4 @@ __all__ = [
     "label_questions",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"prmfast.pipeline.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'prmfast.pipeline' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

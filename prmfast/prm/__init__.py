@@ -25,8 +25,9 @@ overrides it. Tests of a new adapter: golden token ids and the prefix property (
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prmfast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from prmfast.prm import losses
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from prmfast.prm.transformers_prm import TransformersPRM
     from prmfast.prm.value_head import ValueHeadPRM
 
-_WHERE = {
+_HOME = {
     "AutoPRM": "auto",
     "EncodedChain": "adapter",
     "MathShepherd": "math_shepherd",
@@ -62,6 +63,7 @@ _WHERE = {
     "TransformersPRM": "transformers_prm",
     "ValueHead": "heads",
     "ValueHeadPRM": "value_head",
+    "losses": "losses",
 }
 
 __all__ = [
@@ -83,14 +85,4 @@ __all__ = [
     "losses",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"prmfast.prm.{_WHERE[name]}"), name)
-    if name == "losses":
-        return importlib.import_module("prmfast.prm.losses")
-    raise AttributeError(f"module 'prmfast.prm' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

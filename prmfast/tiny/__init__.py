@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prmfast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from prmfast.tiny.engine import TinyEngine
@@ -27,12 +28,4 @@ _HOME = {
     "train_world": "train",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"prmfast.tiny.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'prmfast.tiny' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

@@ -11,15 +11,16 @@ Importing this loads no vLLM.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prmfast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from prmfast.vllm.arguments import prm_engine_args, prm_server_args
     from prmfast.vllm.scorer import VLLMPRM, AsyncVLLMPRM, ScoringStats
     from prmfast.vllm.settings import PRMSettings, RowFormat, StepRequest, StepRows
 
-_WHERE = {
+_HOME = {
     "AsyncVLLMPRM": "scorer",
     "PRMSettings": "settings",
     "RowFormat": "settings",
@@ -43,12 +44,4 @@ __all__ = [
     "prm_server_args",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"prmfast.vllm.{_WHERE[name]}"), name)
-    raise AttributeError(f"module 'prmfast.vllm' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

@@ -6,8 +6,9 @@ Needs the extra ``train``; nothing of it is imported before it is used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prmfast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from prmfast.prm.train.batches import LengthBuckets, StepCollator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from prmfast.prm.train.rows import StepRows
     from prmfast.prm.train.trainer import PRMConfig, PRMTrainer
 
-_WHERE = {
+_HOME = {
     "ImplicitConfig": "implicit",
     "ImplicitTrainer": "implicit",
     "LengthBuckets": "batches",
@@ -55,12 +56,4 @@ __all__ = [
     "load_quantile_prm",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"prmfast.prm.train.{_WHERE[name]}"), name)
-    raise AttributeError(f"module 'prmfast.prm.train' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)
