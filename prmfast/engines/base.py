@@ -176,3 +176,43 @@ def check_sample_inputs(
         if not 0 <= seed < 2**63:
             raise ValueError(f"seeds[{i}] must lie in [0, 2**63), got {seed}")
     return prefixes
+
+
+def check_judge_inputs(questions: Sequence[str], answers: Sequence[str | None]) -> None:
+    """The checks every ``judge`` makes first: strings, one answer or None per question.
+
+    TypeError for a bare string or another type, ValueError for unequal lengths.
+    """
+    _check_strings("questions", questions)
+    if isinstance(answers, str):
+        raise TypeError(f"answers must be a sequence of strings or None, got one string {answers!r}")
+    _check_lengths(questions, answers)
+    for i, answer in enumerate(answers):
+        if answer is not None and not isinstance(answer, str):
+            raise TypeError(f"answers[{i}] must be a string or None, got {type(answer).__name__}")
+
+
+def check_score_inputs(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
+    """The checks every ``score`` and ``features`` makes first: a row of strings per question; errors as above."""
+    _check_strings("questions", questions)
+    _check_lengths(questions, answers)
+    for i, row in enumerate(answers):
+        _check_strings(f"answers[{i}]", row)
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    """The check every ``question_state`` makes first: TypeError unless all are strings, in a sequence."""
+    _check_strings("questions", questions)
+
+
+def _check_lengths(questions: Sequence[str], answers: Sequence[object]) -> None:
+    if len(answers) != len(questions):
+        raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
+
+
+def _check_strings(name: str, values: Sequence[str]) -> None:
+    if isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of strings, got one string {values!r}")
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{i}] must be a string, got {type(value).__name__}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prmfast.calibration.judging import quantiles, step_features
-from prmfast.engines.base import Judge, Scorer, StepScores
+from prmfast.engines.base import Judge, Scorer, StepScores, check_judge_inputs
 from prmfast.ias._check import whole
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class ScorerJudge:
 
     def judge(self, questions: Sequence[str], answers: Sequence[str | None]) -> list[StepScores]:
         """Scores and quantiles of every step; of the empty answer where ``answers`` has None."""
-        if len(answers) != len(questions):
-            raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
+        check_judge_inputs(questions, answers)
         empty = [i for i, answer in enumerate(answers) if answer is None]
         written = [(i, answer) for i, answer in enumerate(answers) if answer is not None]
         found = dict(zip(empty, self.first([questions[i] for i in empty]), strict=True))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prmfast.calibration.judging import check_calibrator, quantiles, step_features
-from prmfast.engines.base import StepScores
+from prmfast.engines.base import StepScores, check_judge_inputs, check_questions, check_score_inputs
 from prmfast.prm.adapter import EncodedChain, PRMAdapter
 from prmfast.prm.heads import StepHead
 
@@ -81,7 +81,7 @@ class TransformersPRM:
 
     def question_state(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Score [B] and hidden state [B, d] of the empty answer of each question, float32 on the CPU."""
-        _strings("questions", questions)
+        check_questions(questions)
         chains = self._judge(
             [(question, None) for question in questions], [f"questions[{i}]" for i in _range(questions)]
         )
@@ -95,11 +95,7 @@ class TransformersPRM:
         TypeError for a bare string, ValueError for unequal lengths, a step token in the text, or a chain of more tokens
         than the model has positions; the message names the row.
         """
-        _strings("questions", questions)
-        if isinstance(answers, str):
-            raise TypeError(f"answers must be a sequence of strings or None, got one string {answers!r}")
-        if len(answers) != len(questions):
-            raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
+        check_judge_inputs(questions, answers)
         chains = self._judge(list(zip(questions, answers, strict=True)), [f"answers[{i}]" for i in _range(answers)])
         if self.calibrator is None:
             return [StepScores(tuple(chain.score.tolist())) for chain in chains]
@@ -124,11 +120,7 @@ class TransformersPRM:
         return list(quantiles(calibrator, score, hidden, features, self.levels).split(counts))
 
     def _rows(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[_Judged]]:
-        _strings("questions", questions)
-        if len(answers) != len(questions):
-            raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
-        for i, row in enumerate(answers):
-            _strings(f"answers[{i}]", row)
+        check_score_inputs(questions, answers)
         pairs = [(question, text) for question, row in zip(questions, answers, strict=True) for text in row]
         chains = iter(self._judge(pairs, [f"answers[{i}][{j}]" for i, row in enumerate(answers) for j in _range(row)]))
         return [[next(chains) for _ in row] for row in answers]
@@ -178,11 +170,3 @@ class TransformersPRM:
 
 def _range(values: Sequence[Any]) -> range:
     return range(len(values))
-
-
-def _strings(name: str, values: Sequence[str]) -> None:
-    if isinstance(values, str):
-        raise TypeError(f"{name} must be a sequence of strings, got one string {values!r}")
-    for i, value in enumerate(values):
-        if not isinstance(value, str):
-            raise TypeError(f"{name}[{i}] must be a string, got {type(value).__name__}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from prmfast._files import atomic_path, write_text
 from prmfast._threads import one_thread
-from prmfast.engines.base import StepScores
+from prmfast.engines.base import StepScores, check_judge_inputs, check_questions, check_score_inputs
 from prmfast.tiny.decoder import MAX_LENGTH
 from prmfast.tiny.engine import start_ids
 from prmfast.tiny.policy import Policy, forward
@@ -170,8 +170,7 @@ class TinyPRM:
     @one_thread()
     def question_state(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Score [B] and hidden state [B, 32] of the empty answer of each question."""
-        if isinstance(questions, str):
-            raise TypeError(f"questions must be a sequence of strings, got one string {questions!r}")
+        check_questions(questions)
         if not questions:
             return torch.empty(0), torch.empty(0, self.net.sizes["state_width"])
         states = step_states(self.policy, _padded([start_ids(question, "") for question in questions]))
@@ -181,10 +180,7 @@ class TinyPRM:
 
     def judge(self, questions: Sequence[str], answers: Sequence[str | None]) -> list[StepScores]:
         """Scores of one answer per question, without quantiles; None is the empty answer; see ``Judge.judge``."""
-        if isinstance(questions, str) or isinstance(answers, str):
-            raise TypeError("questions and answers must be sequences of strings, got one string")
-        if len(questions) != len(answers):
-            raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
+        check_judge_inputs(questions, answers)
         empty = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
         firsts = iter(self.question_state(empty)[0].tolist())
         rows = iter(self.score(questions, [[] if answer is None else [answer] for answer in answers]))
@@ -201,11 +197,7 @@ class TinyPRM:
 
         ValueError for unequal lengths or malformed text, TypeError for a bare string where a list of answers belongs.
         """
-        if len(questions) != len(answers):
-            raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
-        for i, row in enumerate(answers):
-            if isinstance(row, str):
-                raise TypeError(f"answers[{i}] must be a sequence of strings, got one string {row!r}")
+        check_score_inputs(questions, answers)
         pairs = [(question, text) for question, row in zip(questions, answers, strict=True) for text in row]
         judged = dict(zip(dict.fromkeys(pairs), self._judge(list(dict.fromkeys(pairs))), strict=True))
         return [[judged[question, text] for text in row] for question, row in zip(questions, answers, strict=True)]

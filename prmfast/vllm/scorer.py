@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from prmfast.engines._vllm_streams import last_output
-from prmfast.engines.base import StepScores
+from prmfast.engines.base import StepScores, check_judge_inputs, check_questions, check_score_inputs
 from prmfast.vllm.arguments import check_engine, prm_engine_args
 from prmfast.vllm.chains import Chain, StepStore, make_chain, next_wave
 from prmfast.vllm.settings import DEFAULT, Levels, PRMSettings, RowFormat, StepRequest, StepRows
@@ -190,12 +190,12 @@ class VLLMPRM:
 
         An answer without a step has none. TypeError for a bare string, ValueError for unequal lengths.
         """
-        check_pairs(questions, answers)
+        check_judge_inputs(questions, answers)
         return [self._scoring.scores(chain) for chain in self._known(questions, answers)]
 
     def rows(self, questions: Sequence[str], answers: Sequence[str | None]) -> list[StepRows | None]:
         """As `judge`, with positions and E[p] too; None for an answer without a step."""
-        check_pairs(questions, answers)
+        check_judge_inputs(questions, answers)
         return [None if chain is None else self._scoring.rows(chain) for chain in self._known(questions, answers)]
 
     def score(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[list[float]]]:
@@ -205,8 +205,7 @@ class VLLMPRM:
 
     def question_state(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Score [B] and hidden state [B, d] float32 of the empty answer of each question, computed anew."""
-        if isinstance(questions, str):
-            raise TypeError(f"questions must be a sequence of strings, got one string {questions!r}")
+        check_questions(questions)
         if not questions:
             return torch.empty(0), torch.empty(0, self._scoring.hidden_width)
         rows = self._hidden([self._scoring.chain(question, None) for question in questions])
@@ -215,7 +214,6 @@ class VLLMPRM:
     def features(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[Tensor]]:
         """Hidden states [steps, d] float32 of each answer, indexed [question][answer], computed anew."""
         flat_questions, flat = _pairs(questions, answers)
-        check_pairs(flat_questions, flat)
         chains = self._chains(flat_questions, flat)
         rows = iter(self._hidden([chain for chain in chains if chain is not None]))
         nothing = torch.empty(0, self._scoring.hidden_width)
@@ -319,21 +317,8 @@ class AsyncVLLMPRM:
         return output
 
 
-def check_pairs(questions: Sequence[str], answers: Sequence[str | None]) -> None:
-    """TypeError for a bare string, ValueError for unequal lengths."""
-    for name, value in (("questions", questions), ("answers", answers)):
-        if isinstance(value, str):
-            raise TypeError(f"{name} must be a sequence of strings, got one string {value!r}")
-    if len(questions) != len(answers):
-        raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
-
-
 def _pairs(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
-    if len(questions) != len(answers):
-        raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
-    for i, row in enumerate(answers):
-        if isinstance(row, str):
-            raise TypeError(f"answers[{i}] must be a sequence of strings, got one string {row!r}")
+    check_score_inputs(questions, answers)
     pairs = [(question, text) for question, row in zip(questions, answers, strict=True) for text in row]
     return [question for question, _ in pairs], [text for _, text in pairs]
 

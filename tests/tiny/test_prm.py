@@ -35,7 +35,7 @@ def test_as_a_judge_it_scores_one_answer_a_question(
         assert row.scores == pytest.approx(whole[i][0] if i % 3 else [empty[i]], abs=1e-5)
     with pytest.raises(ValueError, match=r"answers must have one entry per question \(20\), got 19"):
         world.prm.judge(questions, answers[1:])
-    with pytest.raises(TypeError, match="questions and answers must be sequences of strings, got one string"):
+    with pytest.raises(TypeError, match=r"must be a sequence of strings( or None)?, got one string"):
         world.prm.judge(questions, "1 ;")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prmfast._files import write_json
+from prmfast.engines.base import check_judge_inputs
 from prmfast.prm.adapter import PRMError
 from prmfast.prm.auto import AutoPRM
 from prmfast.prm.heads import QuantileHead
@@ -125,8 +126,7 @@ class QuantilePRM(TransformersPRM):
 
         ValueError for unequal lengths and as in `judge`.
         """
-        if len(answers) != len(questions):
-            raise ValueError(f"answers must have one entry per question ({len(questions)}), got {len(answers)}")
+        check_judge_inputs(questions, answers)
         pairs = list(zip(questions, answers, strict=True))
         chains = self._judge(pairs, [f"answers[{i}]" for i in range(len(pairs))])
         device = next(self.head.parameters()).device
