@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.calibration_synthetic import mean_interval
+from benchmarks.seeds import mean_interval
 from prmfast._files import write_json
 from prmfast._progress import progress
 from prmfast.bench.machine import describe

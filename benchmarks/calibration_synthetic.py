@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.seeds import mean_interval
 from benchmarks.synthetic_law import Rows, draw_rows
 from prmfast._files import write_text
 from prmfast._progress import progress
@@ -98,16 +99,6 @@ def reference_rows(rollouts: int, seed: int = 0) -> dict[str, dict[str, float]]:
         "true law of p": judge(test.quantile(levels), test, rollouts),
         "true law of k/n": judge(test.share_quantile(levels, rollouts), test, rollouts),
     }
-
-
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % t-interval over seeds."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return float(values[0]), float("nan")
-    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(np.mean(values)), half
 
 
 def show(cells: list[Cell], console: Console) -> None:

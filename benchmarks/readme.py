@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.calibration_synthetic import Cell, mean_interval, reference_rows
+from benchmarks.calibration_synthetic import Cell, reference_rows
+from benchmarks.seeds import interval as over_seeds
+from benchmarks.seeds import mean_interval
 from prmfast._files import write_text
 from prmfast.bench import table as kernel_table
 from prmfast.bench.case import DERIVED, FLOOR, NATURAL
@@ -175,13 +177,8 @@ def beam_search_tiny(result: dict[str, Any]) -> str:
         cells.setdefault((cell["method"], cell["bound"], cell["rank_by"]), []).append(cell)
     rows = []
     for (method, bound, rank_by), part in cells.items():
-        values = [mean_interval([cell[name] for cell in part]) for name in ("accuracy", "tokens", "difference")]
-        accuracy, tokens, difference = values
-        shown = [
-            f"{accuracy[0]:.3f} ± {accuracy[1]:.3f}",
-            f"{tokens[0]:.0f}",
-            f"{difference[0]:+.3f} ± {difference[1]:.3f}",
-        ]
+        accuracy, tokens, difference = ([cell[name] for cell in part] for name in ("accuracy", "tokens", "difference"))
+        shown = [over_seeds(accuracy), f"{mean_interval(tokens)[0]:.0f}", over_seeds(difference, signed=True)]
         rows.append([method, bound, rank_by, *shown])
     seeds, (low, high) = len({cell["seed"] for cell in result["cells"]}), result["operations"]
     about = (
@@ -205,8 +202,8 @@ def labels_tiny(result: dict[str, Any]) -> str:
             ("score", "spearman"),
             ("CondOT", "spearman"),
         ):
-            mean, half = mean_interval([seed[label][method][name] for seed in seeds])
-            row.append(f"{mean:+.3f} ± {half:.3f}" if name == "bias" else f"{mean:.2f} ± {half:.2f}")
+            values = [seed[label][method][name] for seed in seeds]
+            row.append(over_seeds(values, signed=True) if name == "bias" else over_seeds(values, 2))
         rows.append(row)
     header = [
         "labels",
