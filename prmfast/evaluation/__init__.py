@@ -21,7 +21,8 @@ from prmfast.evaluation.first_error import (
 )
 from prmfast.evaluation.from_traces import pools_from_traces
 from prmfast.evaluation.processbench import Chain, first_error_table, read_chains, score_chains
-from prmfast.evaluation.step_rewards import released_scores, released_step_rewards, step_rewards
+from prmfast.evaluation.step_rewards import released_scores, released_step_rewards
+from prmfast.prm.step_rewards import step_rewards
 
 __all__ = [
     "AGGREGATIONS",

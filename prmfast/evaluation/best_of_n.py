@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prmfast.calibration.metrics import bootstrap
-from prmfast.evaluation._check import option, real
 from prmfast.ias.voting import majority_vote, weighted_vote
+from prmfast.prm._check import option, real
 
 Array = npt.NDArray[np.float64]
 Aggregation = Literal["min", "prod", "last", "mean"]

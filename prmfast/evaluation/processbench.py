@@ -9,7 +9,7 @@ from typing import Any
 
 from prmfast._progress import progress as bar_of
 from prmfast.calibration.metrics import bootstrap
-from prmfast.engines.base import Scorer
+from prmfast.engines.base import Scorer, StepScorer
 from prmfast.evaluation.first_error import (
     cross_fitted_first_errors,
     first_error_metrics,
@@ -60,18 +60,29 @@ def read_chains(path: str | os.PathLike[str]) -> list[Chain]:
 
 
 def score_chains(
-    scorer: Scorer, chains: Sequence[Chain], *, separator: str = "\n\n", batch_size: int = 64, progress: bool = False
+    scorer: Scorer | StepScorer,
+    chains: Sequence[Chain],
+    *,
+    separator: str = "\n\n",
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> list[list[float]]:
-    """The PRM's score of every step of every chain, whose steps are joined with the PRM's ``separator``.
+    """The PRM's score of every step of every chain.
 
-    ValueError that names the chain where the PRM splits it into another number of steps.
+    A `StepScorer` is given the steps; for another PRM they are joined with ``separator``, and ValueError names the
+    chain that it then splits into another number of steps.
     """
     scores: list[list[float]] = []
     with bar_of(len(chains), "scoring chains", progress) as bar:
         for start in range(0, len(chains), batch_size):
             batch = chains[start : start + batch_size]
+            questions = [chain.question for chain in batch]
+            if isinstance(scorer, StepScorer):
+                scores += scorer.score_steps(questions, [chain.steps for chain in batch])
+                bar.advance(len(batch))
+                continue
             answers = [[separator.join(chain.steps)] for chain in batch]
-            for offset, (answer,) in enumerate(scorer.score([chain.question for chain in batch], answers)):
+            for offset, (answer,) in enumerate(scorer.score(questions, answers)):
                 steps = len(batch[offset].steps)
                 if len(answer) != steps:
                     raise ValueError(

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
         TokenPairHead,
         ValueHead,
     )
+    from prmfast.prm.implicit import ImplicitPRM, load_implicit_prm
+    from prmfast.prm.load import load_prm
     from prmfast.prm.math_shepherd import MathShepherd
     from prmfast.prm.qwen import QwenMathPRM
     from prmfast.prm.reasoneval import ReasonEval
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AutoPRM": "auto",
     "EncodedChain": "adapter",
+    "ImplicitPRM": "implicit",
     "MathShepherd": "math_shepherd",
     "PRMAdapter": "adapter",
     "PRMError": "adapter",
@@ -63,12 +66,15 @@ _HOME = {
     "TransformersPRM": "transformers_prm",
     "ValueHead": "heads",
     "ValueHeadPRM": "value_head",
+    "load_implicit_prm": "implicit",
+    "load_prm": "load",
     "losses": "losses",
 }
 
 __all__ = [
     "AutoPRM",
     "EncodedChain",
+    "ImplicitPRM",
     "MathShepherd",
     "PRMAdapter",
     "PRMError",
@@ -82,6 +88,8 @@ __all__ = [
     "TransformersPRM",
     "ValueHead",
     "ValueHeadPRM",
+    "load_implicit_prm",
+    "load_prm",
     "losses",
 ]
 

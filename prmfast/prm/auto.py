@@ -21,6 +21,7 @@ from prmfast.prm.value_head import ValueHeadPRM
 if TYPE_CHECKING:
     from prmfast.calibration.base import Calibrator
 
+SAVED_BY_TRAINERS = {"implicit_prm.json": "an implicit model", "quantile_prm.json": "a quantile PRM"}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -97,6 +98,11 @@ class AutoPRM:
         from transformers import AutoConfig, AutoTokenizer
 
         name = os.fspath(directory)
+        for file, kind in SAVED_BY_TRAINERS.items():
+            if (Path(name) / file).is_file():
+                raise PRMError(
+                    f"{name} was saved as {kind}, which is no head on a decoder; prmfast.prm.load_prm reads it"
+                )
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
