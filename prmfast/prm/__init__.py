@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from prmfast.prm.math_shepherd import MathShepherd
     from prmfast.prm.qwen import QwenMathPRM
     from prmfast.prm.reasoneval import ReasonEval
+    from prmfast.prm.step_separator import StepSeparatorPRM
     from prmfast.prm.transformers_prm import TransformersPRM
     from prmfast.prm.value_head import ValueHeadPRM
 
@@ -62,6 +63,7 @@ _HOME = {
     "ReasonEval": "reasoneval",
     "ReasonEvalHead": "heads",
     "StepHead": "heads",
+    "StepSeparatorPRM": "step_separator",
     "TokenPairHead": "heads",
     "TransformersPRM": "transformers_prm",
     "ValueHead": "heads",
@@ -84,6 +86,7 @@ __all__ = [
     "ReasonEval",
     "ReasonEvalHead",
     "StepHead",
+    "StepSeparatorPRM",
     "TokenPairHead",
     "TransformersPRM",
     "ValueHead",

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.special import expit
 from torch import Tensor
 
 from prmfast.calibration.judging import check_calibrator, quantiles, step_features
@@ -102,6 +101,8 @@ class ImplicitPRM:
 
     def step_scores(self, ratios: TokenRatios, protocol: Protocol | None = None) -> list[float]:
         """Scores in [0, 1] of the steps of one answer; ``protocol`` None is the PRM's own."""
+        from scipy.special import expit
+
         values = step_rewards(
             ratios.log_ratio,
             ratios.step_ends,
@@ -110,6 +111,10 @@ class ImplicitPRM:
             average=self.average,
         )
         return [float(score) for score in expit(values)]
+
+    def split_steps(self, answer: str) -> list[str]:
+        """The steps of an answer: its parts between ``separator``, without empty ones."""
+        return [part for part in answer.split(self.separator) if part.strip()]
 
     def score_steps(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[float]]:
         """Scores [question][step] of one answer per question, given as its steps. Errors as in `judge`."""

@@ -75,6 +75,10 @@ class TransformersPRM:
         """Scores [question][answer][step] in [0, 1]; an answer without steps has none. Errors as in `judge`."""
         return [[chain.score.tolist() for chain in row] for row in self._rows(questions, answers)]
 
+    def split_steps(self, answer: str) -> list[str]:
+        """The steps that the PRM sees in an answer."""
+        return self.adapter.split_steps(answer)
+
     def score_steps(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[float]]:
         """Scores [question][step] in [0, 1] of one answer per question, given as its steps; they are not split again.
 
