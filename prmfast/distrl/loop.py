@@ -25,7 +25,7 @@ from torch import Tensor
 from prmfast._files import atomic_path
 from prmfast._progress import progress as progress_bar
 from prmfast.distrl.advantages import Advantages, distrl_advantages, outcome_advantages
-from prmfast.distrl.analysis import pairwise_accuracy, sign_accuracy, td_outcome_correlation
+from prmfast.distrl.analysis import pairwise_accuracy, rm_score, sign_accuracy, td_outcome_correlation
 from prmfast.distrl.candidates import likely, released_candidates, sampled_logp, sampled_td, without_last_token
 from prmfast.distrl.config import LoopConfig
 from prmfast.distrl.losses import DistRLLoss
@@ -234,6 +234,7 @@ class Loop:
         if base is not old:  # log phi - log ref = (log phi - log old) - (log ref - log old)
             found = found._replace(advantage=found.advantage - against_old(base).advantage)
         logp, td = sampled_logp(found, batch.ids), sampled_td(found, batch.ids)
+        score = rm_score(td, offsets=offsets, reward=config.reward)
         if config.advantage.variant == "released":
             td = without_last_token(td, offsets=offsets)
         if config.loss.variant == "released":
@@ -242,7 +243,7 @@ class Loop:
             chosen = likely(found, p_min=config.p_min)
         made = distrl_advantages(chosen, td, batch.outcome, group=group, offsets=offsets, rule=config.advantage)
         correlation = td_outcome_correlation(td, batch.outcome, offsets=offsets)
-        return made, logp, {"td_outcome_correlation": correlation, "sigma_v": made.sigma_v}
+        return made, logp, {"td_outcome_correlation": correlation, "sigma_v": made.sigma_v, "rm_score": score}
 
     def _update_policy(self, batch: _Batch, advantages: Advantages, old_logp: Tensor) -> dict[str, float]:
         found: list[DistRLLoss] = []
