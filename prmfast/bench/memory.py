@@ -20,6 +20,11 @@ def available_bytes() -> int | None:
     return known.get("MemAvailable")
 
 
+def resident_bytes() -> int | None:
+    """What of this process is in memory now; None where the kernel does not say."""
+    return _fields(_STATUS).get("VmRSS")
+
+
 def extra_peak(run: Callable[[], Any], buffers: Iterable[Tensor] = ()) -> tuple[Any, int | None]:
     """The result of ``run()``, and the bytes it needed at its peak beyond what was resident before and its outputs.
 

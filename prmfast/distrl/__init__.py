@@ -12,7 +12,7 @@ from prmfast.distrl.advantages import (
     group_normalised_outcome,
     outcome_advantages,
 )
-from prmfast.distrl.analysis import pairwise_accuracy, sign_accuracy, td_outcome_correlation
+from prmfast.distrl.analysis import pairwise_accuracy, rm_score, sign_accuracy, td_outcome_correlation
 from prmfast.distrl.candidates import (
     from_table,
     likely,
@@ -55,6 +55,7 @@ __all__ = [
     "pairwise_accuracy",
     "prompt_pairs",
     "released_candidates",
+    "rm_score",
     "sampled_logp",
     "sampled_td",
     "sign_accuracy",

@@ -51,6 +51,36 @@ def td_outcome_correlation(
     return float((sides[0] @ sides[1]) / norms.prod())
 
 
+def rm_score(
+    td: Tensor,
+    *,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    reward: str = "ipvrm",
+) -> float:
+    """Mean over answers of what a reward model says of the whole answer, in log-odds of being correct: the RM score.
+
+    Of IPVRM it is the prefix value at the last token, ``v_T = 1/T sum_t td_t``, of an implicit PRM ``sum_t td_t``, for
+    td = beta * log-ratio. This is our reading of [V] eq. 19; the released program logs the mean of td over all tokens
+    of a batch, where long answers count more.
+
+    Args:
+        td: [B, T], or [N] with ``offsets``.
+        mask: bool [B, T]; None: all valid.
+        offsets: int64 [S + 1].
+        reward: "ipvrm" | "implicit".
+
+    Returns:
+        0 where no sequence has a valid token; sequences without one are left out.
+    """
+    if reward not in ("ipvrm", "implicit"):
+        raise ValueError(f"rm_score: reward must be 'ipvrm' or 'implicit', got {reward!r}")
+    where = layout("rm_score", "td", td, mask, offsets)
+    total, some = where.sums(where.pack(td.detach()).double()), where.count > 0
+    scores = (total / where.count if reward == "ipvrm" else total)[some]
+    return float(scores.mean()) if len(scores) else 0.0
+
+
 def pairwise_accuracy(score: Tensor, outcome: Tensor, *, group: Tensor) -> float:
     """Share of pairs of one prompt with different outcomes whose scores stand in the same order; mean over prompts.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prmfast.distrl.advantages import Advantages, distrl_advantages, outcome_advantages
-from prmfast.distrl.analysis import pairwise_accuracy, sign_accuracy, td_outcome_correlation
+from prmfast.distrl.analysis import pairwise_accuracy, rm_score, sign_accuracy, td_outcome_correlation
 from prmfast.distrl.candidates import likely, released_candidates, sampled_logp, sampled_td, without_last_token
 from prmfast.distrl.config import LoopConfig
 from prmfast.distrl.losses import DistRLLoss
@@ -99,19 +99,21 @@ def step_advantages(
     found = against_old(reward)
     if base is not old:  # log phi - log ref = (log phi - log old) - (log ref - log old)
         found = found._replace(advantage=found.advantage - against_old(base).advantage)
-    logp, td = sampled_logp(found, batch.ids), sampled_td(found, batch.ids)
+    offsets = batch.all_offsets
+    logp, td = sampled_logp(found, batch.ids), processes.gather(sampled_td(found, batch.ids))
+    score = rm_score(td, offsets=offsets, reward=config.reward)
     if config.advantage.variant == "released":
-        td = without_last_token(td, offsets=batch.offsets)
+        td = without_last_token(td, offsets=offsets)
     if config.loss.variant == "released":
         chosen = released_candidates(found, batch.ids, offsets=batch.offsets, p_min=config.p_min)
     else:
         chosen = likely(found, p_min=config.p_min)
-    chosen, td = processes.gather_candidates(chosen), processes.gather(td)
+    chosen = processes.gather_candidates(chosen)
     group = torch.zeros_like(batch.group) if config.baseline == "batch" else batch.group
-    offsets = batch.all_offsets
     made = distrl_advantages(chosen, td, batch.outcome, group=group, offsets=offsets, rule=config.advantage)
     correlation = td_outcome_correlation(td, batch.outcome, offsets=offsets)
-    return _own(made, processes, rows), logp, {"td_outcome_correlation": correlation, "sigma_v": made.sigma_v}
+    measured = {"td_outcome_correlation": correlation, "sigma_v": made.sigma_v, "rm_score": score}
+    return _own(made, processes, rows), logp, measured
 
 
 def _own(made: Advantages, processes: Processes, rows: slice) -> Advantages:

@@ -20,6 +20,7 @@ from prmfast.distrl import (
     pairwise_accuracy,
     prompt_pairs,
     released_candidates,
+    rm_score,
     sampled_logp,
     sampled_td,
     sign_accuracy,
@@ -234,6 +235,17 @@ def test_correlation_of_td_with_outcome() -> None:
     assert td_outcome_correlation(td, torch.ones(5), mask=mask) is None
     assert td_outcome_correlation(torch.zeros_like(td), outcome, mask=mask) is None
     assert td_outcome_correlation(td[:0], outcome[:0]) is None
+
+
+def test_rm_score_is_the_mean_log_odds_of_whole_answers() -> None:
+    td = torch.tensor([[3.0, 1.0], [-1.0, math.nan], [math.nan, math.nan]])
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
+    assert rm_score(td, mask=mask) == pytest.approx((2.0 - 1.0) / 2)
+    assert rm_score(td, mask=mask, reward="implicit") == pytest.approx((4.0 - 1.0) / 2)
+    assert rm_score(td[mask], offsets=torch.tensor([0, 2, 3, 3])) == pytest.approx((2.0 - 1.0) / 2)
+    assert rm_score(td[:0]) == 0
+    with pytest.raises(ValueError, match="reward must be 'ipvrm' or 'implicit', got 'none'"):
+        rm_score(td, mask=mask, reward="none")
 
 
 def test_suffix_statistics() -> None:
