@@ -5,7 +5,7 @@
 One head (`prmfast.tiny.prm.TinyPRMNet`: the policy's hidden state, step log-probabilities and entropies, the operations
 to come) is trained with each loss on the same hard labels (any of 8 rollouts succeeds) of the same answers, and judged
 on answers to questions of another split. Five seeds, mean and 95 % t-interval over seeds, and the interval of the
-difference to BCE seed by seed; four CPU minutes.
+difference to BCE seed by seed; five CPU minutes on a busy core.
 
 Settings were chosen on a sixth seed (``--tune`` prints its grid): twelve of each loss, at most 30 epochs. Pointwise
 losses had a wider grid of rates and epochs, PQM had margins instead.

@@ -216,6 +216,27 @@ def labels_tiny(result: dict[str, Any]) -> str:
     return f"{len(seeds)} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(header, rows)
 
 
+def ranking_tiny(result: dict[str, Any]) -> str:
+    """A row per loss: best of 8 by every aggregation, and how its step scores rank; mean and interval over seeds."""
+    runs, n = result["runs"], "8"
+    rows = []
+    for loss, first in runs[0]["losses"].items():
+        mine = [run["losses"][loss] for run in runs]
+        row = [loss, *(over_seeds([run["bon"][how][n] for run in mine]) for how in first["bon"])]
+        rows.append(row + [over_seeds([run["steps"][name] for run in mine], 2) for name in first["steps"]])
+    place = [over_seeds([run["step number"][name] for run in runs], 2) for name in runs[0]["step number"]]
+    rows.append(["minus the step number", *[""] * len(runs[0]["losses"]["BCE"]["bon"]), *place])
+    low, high = result["operations"]
+    without = [
+        f"{name.replace('@n', f'@{n}')} {over_seeds([run['without'][name][n] for run in runs])}"
+        for name in runs[0]["without"]
+    ]
+    about = f"{len(runs)} seeds x {result['sizes']['test']} questions of {low} to {high} operations, mean ± 95 %"
+    header = ["loss", *(f"best of {n}, {how}" for how in runs[0]["losses"]["BCE"]["bon"])]
+    header += ["rank correlation", "in an answer", "pairs in order", "in an answer"]
+    return f"{about}; {', '.join(without)}; {machine(result)}.\n\n" + markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels_cpu": kernels_cpu,
     "calibration_real": calibration_real,
@@ -224,6 +245,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "vllm_cpu": vllm_cpu,
     "beam_search_tiny": beam_search_tiny,
     "labels_tiny": labels_tiny,
+    "ranking_tiny": ranking_tiny,
 }
 
 
