@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,19 @@ def base(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "base")
 
 
+def logged(run: Path) -> set[str]:
+    """Names of the scalars in a run's TensorBoard logs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    names: set[str] = set()
+    for folder in {path.parent for path in run.rglob("events.out.tfevents.*")}:
+        names |= set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
+    return names
+
+
 def test_prm_trains_a_checkpoint_of_a_language_model_and_resumes(tmp_path: Path) -> None:
     base(tmp_path)
-    path = config(tmp_path, STEPS, eval=str(tmp_path / "rows.jsonl"))
+    path = config(tmp_path, STEPS, eval=str(tmp_path / "rows.jsonl"), logging_steps=1)
     done = train("prm", path)
     assert done.exit_code == 0, done.output
     assert "trained 3 steps" in done.stdout
@@ -67,6 +78,8 @@ def test_prm_trains_a_checkpoint_of_a_language_model_and_resumes(tmp_path: Path)
     assert len(AutoPRM.from_pretrained(run).score(["Q"], [["Step 1: a\nStep 2: b"]])[0][0]) == 2
     state = json.loads((run / "checkpoint-3" / "trainer_state.json").read_text())
     assert any("eval_loss" in entry for entry in state["log_history"])
+    if importlib.util.find_spec("tensorboard") is not None:
+        assert logged(run) >= {"train/loss", "eval/loss"}
     weights = (run / "model.safetensors").read_bytes()
     (run / "checkpoint-3" / "trainer_state.json").unlink()  # as if killed before step 3 was saved
     assert last_checkpoint(run) == run / "checkpoint-2"

@@ -135,6 +135,21 @@ def test_the_head_sees_step_rows_alone_in_float32() -> None:
     assert bool((logits[labels == -100] == 0).all())
 
 
+def test_bfloat16_on_a_cpu(tmp_path: Path) -> None:
+    """bf16=True computes the decoder in bfloat16, the head and the weights stay float32, and the loss falls."""
+    data = [StepExample("Q", ("ab"[i % 2] * 6, "ab"[i // 2 % 2] * 6), (i % 2, i // 2 % 2)) for i in range(8)]
+    options: dict[str, Any] = {"per_device_train_batch_size": 8, "num_train_epochs": 8, "learning_rate": 3e-3}
+    run = trainer(tmp_path, bf16=True, loss="bce", data=data, **options)
+    seen = set()
+    run.model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+    run.model.head.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+    run.train()
+    assert seen == {torch.bfloat16, torch.float32}
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    found = losses(run)
+    assert found[-1] < 0.5 * found[0]
+
+
 def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
     for loss in ("pqm", "bce"):
         one = trainer(tmp_path, data=chains(18), per_device_train_batch_size=8, loss=loss, num_train_epochs=1)
