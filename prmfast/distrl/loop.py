@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,15 @@ from torch import Tensor
 
 from prmfast._files import atomic_path
 from prmfast._progress import progress as progress_bar
-from prmfast.distrl.advantages import Advantages, distrl_advantages, outcome_advantages
-from prmfast.distrl.analysis import pairwise_accuracy, rm_score, sign_accuracy, td_outcome_correlation
-from prmfast.distrl.candidates import likely, released_candidates, sampled_logp, sampled_td, without_last_token
+from prmfast.distrl.advantages import Advantages
 from prmfast.distrl.config import LoopConfig
-from prmfast.distrl.losses import DistRLLoss
 from prmfast.distrl.models import LanguageModel, Outputs, collect, descend
 from prmfast.distrl.phases import Phases
-from prmfast.distrl.rollouts import Reward, Rollouts, choose, draw
+from prmfast.distrl.processes import Processes
+from prmfast.distrl.rollouts import Reward, Rollouts, choose, draw, joined
+from prmfast.distrl.step import Batch, policy_loss, reward_loss, step_advantages
 from prmfast.engines.base import Engine
 from prmfast.ops import ias_allocate
-from prmfast.prm.losses import implicit_prm_loss, online_ipvrm_loss, online_terms
 
 logger = logging.getLogger("prmfast.distrl")
 
@@ -55,6 +53,9 @@ class Loop:
         quantiles: with ``config.adaptive``, what a calibrator says of prompts: quantiles [B, M] of the probability that
             an answer is correct; `ias_allocate` spreads the answers of a step by them.
         device: where the models stand, for the memory measurement and packed tokens.
+        accelerator: an `accelerate.Accelerator`: its processes share the prompts of a step, then the answers that are
+            kept, and do what one process does. Every process makes the same `Loop`; the weights it begins with are
+            the main process's, which also writes the checkpoints and reports the steps.
     """
 
     def __init__(
@@ -69,10 +70,15 @@ class Loop:
         reference: LanguageModel | None = None,
         quantiles: Callable[[Sequence[str]], Tensor] | None = None,
         device: torch.device | str = "cpu",
+        accelerator: Any = None,
     ) -> None:
+        self.processes = Processes(accelerator)
         self.drawn = math.ceil(config.prompts * config.oversample)
         if len(questions) < self.drawn:
             raise ValueError(f"questions must be at least {self.drawn} (prompts * oversample), got {len(questions)}")
+        if self.drawn < self.processes.count:
+            rule = f"at least the number of processes, {self.processes.count}"
+            raise ValueError(f"config.prompts * config.oversample must be {rule}, got {self.drawn}")
         if config.adaptive != (quantiles is not None):
             given = "None" if quantiles is None else "a function"
             raise ValueError(f"quantiles must be given where config.adaptive is on and only there, got {given}")
@@ -92,6 +98,8 @@ class Loop:
             self._optimizers["reward"] = torch.optim.AdamW(parameters, lr=config.reward_rate, weight_decay=0.0)
             if config.reference == "fixed":
                 self.reference = copy.deepcopy(policy) if reference is None else reference
+        for model in self._models().values():
+            self.processes.copy_from_main(model.parameters())
 
     def run(
         self,
@@ -114,16 +122,19 @@ class Loop:
         path = None if directory is None else Path(directory) / CHECKPOINT_NAME
         if path is not None and path.exists():
             self._restore(path)
-        with progress_bar(steps, "distrl", show) as bar:
+        main = self.processes.main
+        with progress_bar(steps, "distrl", show and main) as bar:
             bar.advance(self.step)
             while self.step < steps:
                 record = self.advance()
                 bar.advance()
                 bar.update(reward=record["outcome"], loss=record.get("loss", 0.0))
-                if on_step is not None:
+                if on_step is not None and main:
                     on_step(self.step, record)
                 if path is not None and (self.step % every == 0 or self.step == steps):
-                    self._save(path)
+                    if main:
+                        self._save(path)
+                    self.processes.wait()
         return self.history
 
     def advance(self) -> dict[str, Any]:
@@ -140,7 +151,7 @@ class Loop:
             "finished": float(drawn.finished.float().mean()),
         }
         if record["tokens"]:
-            batch = _Batch(kept, self.device)
+            kept, batch = self._share(kept)
             with phases("old"):
                 old = self._outputs(self.policy, kept)
             base = old
@@ -149,12 +160,13 @@ class Loop:
                     base = self._outputs(self.reference, kept)
             if self.reward_model is not None:
                 with phases("reward"):
-                    record |= self._update_reward(batch, base)
+                    record |= self._update_reward(kept, batch, base)
             with phases("advantages"):
-                advantages, old_logp, found = self._advantages(batch, old, base)
-            del old, base
+                reward = None if self.reward_model is None else self._outputs(self.reward_model, kept)
+                advantages, old_logp, found = step_advantages(batch, old, base, reward, self.config)
+            del old, base, reward
             with phases("policy"):
-                record |= self._update_policy(batch, advantages, old_logp)
+                record |= self._update_policy(kept, batch, advantages, old_logp)
             reasons += advantages.reasons
             record |= found
         else:
@@ -175,96 +187,65 @@ class Loop:
         if self.quantiles is not None:
             total, most = config.prompts * config.samples, config.max_samples
             counts = ias_allocate(self.quantiles(prompts), total, most, n_min=config.min_samples).tolist()
-        return draw(self.engine(), prompts, counts, self.reward, first_seed=first)
+        own = self.processes.share(len(prompts))
+        drawn = draw(self.engine(), prompts[own], counts[own], self.reward, first_seed=first)
+        return joined(self.processes.objects(drawn), counts)
+
+    def _share(self, kept: Rollouts) -> tuple[Rollouts, Batch]:
+        """This process's answers, and the batch. A process that none is left for has one without a token: it takes part
+        in what all do together.
+        """
+        share = self.processes.share(len(kept.answers))
+        own = kept.take(torch.arange(len(kept.answers))[share])
+        if not own.answers:
+            own = replace(kept.take(torch.tensor([0])), answers=((),))
+        ids, offsets, whole = (t.to(self.device) for t in (own.token_ids, own.offsets, kept.offsets))
+        outcome, group = kept.outcome.to(self.device), kept.group.to(self.device)
+        return own, Batch(ids, offsets, whole, outcome, outcome, group, self.processes)
 
     def _outputs(self, model: LanguageModel, rollouts: Rollouts) -> Outputs:
         return collect(model, rollouts.prompts, rollouts.answers, self.config.answers_per_pass)
 
-    def _update_reward(self, batch: _Batch, base: Outputs) -> dict[str, Any]:
+    def _update_reward(self, own: Rollouts, batch: Batch, base: Outputs) -> dict[str, Any]:
         """One step of the reward model on answers with a known outcome; its accuracy before the step."""
         assert self.reward_model is not None
-        config, known = self.config, batch.outcome.isfinite()
-        temperature = config.temperature if self.reference is None else 1.0  # the behaviour policy is what sampled
+        temperature = self.config.temperature if self.reference is None else 1.0  # the behaviour policy is what sampled
         with torch.no_grad():
             base_logp = base.logprob(batch.ids, temperature=temperature)
-        labels, groups, mask = batch.outcome[known], batch.group[known], batch.mask[known]
-        if not len(labels):
+        if not bool(batch.label.isfinite().any()):
             return {"rm_loss": 0.0}
         record: dict[str, Any] = {}
 
         def loss_of(phi: Outputs) -> Tensor:
-            table = batch.padded(phi.logprob(batch.ids) - base_logp)[known]
-            score = torch.where(mask, table.detach(), 0.0).sum(1)
-            record["rm_pairwise_accuracy"] = pairwise_accuracy(score, labels, group=groups)
-            record["rm_sign_accuracy"] = sign_accuracy(score, labels)
-            return self._reward_loss(table, labels, groups, mask)
+            loss, found = reward_loss(phi.logprob(batch.ids) - base_logp, batch, self.config)
+            record.update(found)
+            return loss
 
-        record["rm_loss"], _ = self._descend("reward", self.reward_model, batch, loss_of)
+        record["rm_loss"], _ = self._descend("reward", self.reward_model, own, loss_of)
         return record
 
-    def _reward_loss(self, table: Tensor, labels: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
-        """Of log-ratios [S, T]."""
-        config = self.config
-        shape: dict[str, Any] = {"margin": config.margin, "adb": config.adb, "dlw": config.dlw}
-        shape["variant"] = config.reward_variant
-        if config.reward == "ipvrm":
-            return online_ipvrm_loss(table, labels, groups, mask=mask, beta=config.beta, **shape)
-        terms = online_terms(labels, groups, **shape)
-        return implicit_prm_loss(table, labels, mask=mask, beta=config.beta, margin=terms.margin, weight=terms.weight)
-
-    @torch.no_grad()
-    def _advantages(
-        self, batch: _Batch, old: Outputs, base: Outputs
-    ) -> tuple[Advantages, Tensor, dict[str, float | None]]:
-        """Advantages, log pi_old of the sampled tokens, and what was measured on the way."""
-        config, offsets = self.config, batch.offsets
-        group = torch.zeros_like(batch.group) if config.baseline == "batch" else batch.group
-        if self.reward_model is None:
-            logp = old.logprob(batch.ids, temperature=config.temperature)
-            return outcome_advantages(batch.outcome, group=group, offsets=offsets), logp, {}
-        reward = self._outputs(self.reward_model, batch.rollouts)
-        against_old = partial(
-            old.candidates,
-            sampled=batch.ids,
-            p_min=config.p_min,
-            beta=config.beta,
-            temperature=config.temperature,
-        )
-        found = against_old(reward)
-        if base is not old:  # log phi - log ref = (log phi - log old) - (log ref - log old)
-            found = found._replace(advantage=found.advantage - against_old(base).advantage)
-        logp, td = sampled_logp(found, batch.ids), sampled_td(found, batch.ids)
-        score = rm_score(td, offsets=offsets, reward=config.reward)
-        if config.advantage.variant == "released":
-            td = without_last_token(td, offsets=offsets)
-        if config.loss.variant == "released":
-            chosen = released_candidates(found, batch.ids, offsets=offsets, p_min=config.p_min)
-        else:
-            chosen = likely(found, p_min=config.p_min)
-        made = distrl_advantages(chosen, td, batch.outcome, group=group, offsets=offsets, rule=config.advantage)
-        correlation = td_outcome_correlation(td, batch.outcome, offsets=offsets)
-        return made, logp, {"td_outcome_correlation": correlation, "sigma_v": made.sigma_v, "rm_score": score}
-
-    def _update_policy(self, batch: _Batch, advantages: Advantages, old_logp: Tensor) -> dict[str, float]:
-        found: list[DistRLLoss] = []
+    def _update_policy(self, own: Rollouts, batch: Batch, advantages: Advantages, old_logp: Tensor) -> dict[str, float]:
+        record: dict[str, float] = {}
 
         def loss_of(theta: Outputs) -> Tensor:
             rule, temperature = self.config.loss, self.config.temperature
             at = partial(theta.loss, sampled=batch.ids, old_logp=old_logp, offsets=batch.offsets)
-            found.append(at(advantages, rule=rule, temperature=temperature))
-            return found[-1].loss
+            loss, found = policy_loss(at(advantages, rule=rule, temperature=temperature), batch, self.config)
+            record.update(found)
+            return loss
 
         for _ in range(self.config.updates):
-            _, norm = self._descend("policy", self.policy, batch, loss_of)
-        return found[-1].metrics() | {"gradient_norm": norm}
+            _, norm = self._descend("policy", self.policy, own, loss_of)
+        return record | {"gradient_norm": norm}
 
     def _descend(
-        self, name: str, model: LanguageModel, batch: _Batch, loss_of: Callable[[Outputs], Tensor]
+        self, name: str, model: LanguageModel, own: Rollouts, loss_of: Callable[[Outputs], Tensor]
     ) -> tuple[float, float]:
         """One step of AdamW; loss and gradient norm. A gradient that is not finite moves nothing, which is logged."""
         optimizer, parameters = self._optimizers[name], list(model.parameters())
         optimizer.zero_grad()
-        loss = descend(model, batch.rollouts.prompts, batch.rollouts.answers, loss_of, self.config.answers_per_pass)
+        loss = descend(model, own.prompts, own.answers, loss_of, self.config.answers_per_pass)
+        self.processes.sum_gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_norm))
         if math.isfinite(norm):
             optimizer.step()
@@ -305,18 +286,3 @@ class Loop:
         for name, optimizer in self._optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.step, self.history = state["step"], state["history"]
-
-
-class _Batch:
-    """Rollouts as tensors on the device."""
-
-    def __init__(self, rollouts: Rollouts, device: torch.device | str) -> None:
-        self.rollouts = rollouts
-        self.ids, self.offsets = rollouts.token_ids.to(device), rollouts.offsets.to(device)
-        self.outcome, self.group = rollouts.outcome.to(device), rollouts.group.to(device)
-        length = self.offsets.diff()
-        self.mask = torch.arange(int(length.max()), device=device) < length[:, None]
-
-    def padded(self, packed: Tensor) -> Tensor:
-        """[N] -> [S, T], 0 at padding; differentiable."""
-        return packed.new_zeros(self.mask.shape).masked_scatter(self.mask, packed)

@@ -171,8 +171,9 @@ def _passes(
 def collect(
     model: LanguageModel, prompts: Sequence[str], answers: Sequence[Sequence[int]], size: int | None
 ) -> Outputs:
-    """``model.outputs`` in passes of ``size`` answers, without a graph; at least one answer has a token."""
-    parts = [model.outputs(*piece) for piece in _passes(prompts, answers, size)]
+    """``model.outputs`` in passes of ``size`` answers, without a graph; there is at least one prompt."""
+    pieces = list(_passes(prompts, answers, size)) or [(prompts[:1], [()])]
+    parts = [model.outputs(*piece) for piece in pieces]
     return Outputs(torch.cat([part.states for part in parts]), parts[0].weight)
 
 
@@ -190,7 +191,8 @@ def descend(
     """
     if size is None or len(prompts) <= size:
         loss = loss_of(model.outputs(prompts, answers))
-        loss.backward()
+        if loss.requires_grad:  # answers without a token need no graph
+            loss.backward()
         return loss.item()
     whole = collect(model, prompts, answers, size)
     states = whole.states.requires_grad_()

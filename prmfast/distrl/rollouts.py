@@ -72,6 +72,15 @@ def draw(engine: Engine, prompts: Sequence[str], counts: Sequence[int], reward: 
     return Rollouts(tuple(asked), answers, group, torch.tensor(outcome), finished)
 
 
+def joined(parts: Sequence[Rollouts], counts: Sequence[int]) -> Rollouts:
+    """Rollouts of consecutive prompts as one, ``counts[i]`` answers of prompt i."""
+    group = torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts), dtype=torch.int64))
+    prompts = tuple(prompt for part in parts for prompt in part.prompts)
+    answers = tuple(answer for part in parts for answer in part.answers)
+    outcome, finished = (torch.cat([getattr(part, name) for part in parts]) for name in ("outcome", "finished"))
+    return Rollouts(prompts, answers, group, outcome, finished)
+
+
 def choose(rollouts: Rollouts, *, prompts: int, mixed_only: bool) -> tuple[Rollouts, tuple[str, ...]]:
     """At most ``prompts`` prompts of an oversampled batch, those that teach first; with ``mixed_only`` no others.
 

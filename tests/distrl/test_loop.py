@@ -16,7 +16,6 @@ from torch import Tensor
 
 from prmfast._threads import one_thread
 from prmfast.distrl import HuggingFaceModel, LanguageModel, Loop, LoopConfig, LossRule
-from prmfast.distrl import loop as loop_module
 from prmfast.distrl.phases import Phases
 from prmfast.distrl.rollouts import Rollouts, choose, draw
 from prmfast.engines import TransformersEngine
@@ -225,8 +224,8 @@ class TestDegenerate:
         loop = make(world, questions, small("grpo"))
         before = dict(loop.policy.state_dict())
         with caplog.at_level(logging.WARNING, "prmfast.distrl"):
-            batch = loop_module._Batch(loop._rollouts(), "cpu")
-            _, norm = loop._descend("policy", loop.policy, batch, lambda theta: theta.states[:, 3:].sum() * math.nan)
+            own = loop._rollouts()
+            _, norm = loop._descend("policy", loop.policy, own, lambda theta: theta.states[:, 3:].sum() * math.nan)
         assert math.isnan(norm)
         assert all(torch.equal(before[name], tensor) for name, tensor in loop.policy.state_dict().items())
         assert "the gradient norm of the policy is nan" in caplog.text
