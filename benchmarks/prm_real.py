@@ -36,6 +36,7 @@ from prmfast.evaluation import (
     selection_table,
     trajectory_scores,
 )
+from prmfast.evaluation.answers import step_lines
 from prmfast.evaluation.plots import selection_curves, threshold_curves
 from prmfast.prm.data import read_rows
 
@@ -73,11 +74,9 @@ def read_game24(path: Path) -> tuple[list[Chain], list[dict[str, Any]]]:
     """Chains whose first error is the first step after which 24 cannot be reached, and their rows."""
     chains, kept = [], []
     for row in read_rows(path):
-        steps = [line for line in row["completion"].split("\n")[1:] if line.strip()][: len(row["step_labels"])]
-        labels = row["step_labels"][: len(steps)]
+        steps, first_error = step_lines(row)
         if steps:
-            wrong = [i for i, label in enumerate(labels) if label != 2]
-            chains.append(Chain(row["puzzle"], tuple(steps), wrong[0] if wrong else -1, row["qkey"]))
+            chains.append(Chain(row["puzzle"], steps, first_error, row["qkey"]))
             kept.append(row)
     return chains, kept
 

@@ -103,22 +103,74 @@ def calibrate(
 @app.command()
 @user_errors
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="folder that `prmfast calibrate` wrote")],
-    traces: Traces,
+    paths: Annotated[list[str], typer.Argument(metavar="[DIRECTORY] FILE", show_default=False)],
     include_training: IncludeTraining = False,
     policy_id: PolicyId = None,
     output: Output = None,
+    plots: Annotated[Path | None, typer.Option(help="folder of PNG files, of a PRM or of stored scores")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="folder that keeps a PRM's scores; the same call continues there")
+    ] = None,
+    threshold_file: Annotated[
+        Path | None, typer.Option(help="chooses the threshold of first errors, on questions that FILE has not")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="name of the PRM, where its config does not say")] = None,
+    question_column: Annotated[str | None, typer.Option(help="column of the question's text")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="rows of each file, spread evenly over it")] = None,
+    largest_n: Annotated[int, typer.Option(min=1, help="of best-of-N")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="of halves, draws and intervals; not of a study")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Judge the calibrators of DIRECTORY on TRACES: every metric with its 95 % interval by question."""
+    """Judge a study, a PRM or stored scores on the answers of FILE, with 95 % intervals by question.
+
+    DIRECTORY is a folder of `prmfast calibrate` (FILE: traces; every metric of its calibrators), or a PRM: a folder
+    that `prmfast train` wrote, or a released one by folder or hub id. Without DIRECTORY, FILE carries step scores in
+    its column prm_step_scores.
+
+    FILE is .parquet, .jsonl or .json. Steps with a first error (columns steps, first_error; prompt, completions,
+    labels; input, label; completion, step_labels) give the F1 of the first wrong step, at a threshold from the other
+    half of the questions or from --threshold-file, and of an implicit model by prefix and by process. Several
+    answers to a question (completion, correct) give best-of-N by min, prod, last and mean, pass@n, avg@n, majority
+    votes and votes weighted by scores.
+    """
+    if len(paths) > 2:
+        raise ValueError(f"evaluate must be given FILE, or DIRECTORY and FILE, got {len(paths)} paths")
+    from prmfast.evaluation.command import EvaluationSettings, evaluate_file, is_prm, open_prm, publish
+
+    file = Path(paths[-1])
+    if len(paths) == 2 and ((Path(paths[0]) / "study.json").exists() or not is_prm(paths[0])):
+        if any(value is not None for value in (plots, scores, threshold_file, adapter, question_column, limit)):
+            raise ValueError(
+                "only a PRM takes --plots, --scores, --threshold-file, --adapter, --question-column, --limit"
+            )
+        evaluate_study(Path(paths[0]), file, include_training, policy_id, output, quiet=quiet)
+        return
+    if include_training:
+        raise ValueError("--include-training must come with a study: nothing says what a PRM was trained on")
+    prm = open_prm(paths[0], adapter, quiet=quiet) if len(paths) == 2 else None
+    settings = EvaluationSettings(
+        threshold_file, scores, question_column, policy_id, limit, largest_n=largest_n, seed=seed
+    )
+    try:
+        found = evaluate_file(file, prm, settings, progress=not quiet)
+    except KeyboardInterrupt:
+        kept = "nothing was kept" if scores is None else f"the same command continues in {scores}"
+        wide_console().print(f"interrupted; {kept}", highlight=False)
+        raise typer.Exit(130) from None
+    publish(found, wide_console(), file, None if prm is None else prm.prm_id, output=output, plots=plots)
+
+
+def evaluate_study(
+    directory: Path, file: Path, include_training: bool, policy_id: str | None, output: Path | None, *, quiet: bool
+) -> None:
+    """Prints and writes every metric of a study's calibrators."""
     from prmfast._files import write_json
     from prmfast.calibration.study import Study
     from prmfast.traces import read_traces
 
-    table = read_traces(traces, policy_id=policy_id)
-    found = Study.load(directory).evaluate(
-        table, include_training=include_training, policy_id=policy_id, progress=not quiet
-    )
+    study = Study.load(directory)
+    table = read_traces(file, policy_id=policy_id)
+    found = study.evaluate(table, include_training=include_training, policy_id=policy_id, progress=not quiet)
     print_metrics(found, wide_console(), note="all questions" if include_training else "questions not fitted on")
     if output is not None:
         write_json(output, found)

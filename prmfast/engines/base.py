@@ -156,6 +156,17 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class StepScorer(Protocol):
+    """A process reward model that takes steps as they are, where a `Scorer` splits the text of an answer itself."""
+
+    prm_id: str
+
+    def score_steps(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Scores in [0, 1], indexed [question][step], of one answer per question, given as its steps."""
+        ...
+
+
 def check_sample_inputs(
     prompts: Sequence[str], seeds: Sequence[int], prefixes: Sequence[str] | None
 ) -> Sequence[str] | None:

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prmfast.calibration.metrics import bootstrap
-from prmfast.evaluation._check import option, real
 from prmfast.ias.voting import majority_vote, weighted_vote
+from prmfast.prm._check import option, real
 
 Array = npt.NDArray[np.float64]
 Aggregation = Literal["min", "prod", "last", "mean"]
@@ -127,7 +127,8 @@ def vote_accuracies(pool: AnswerPool, n: int, *, trials: int = 100, seed: int = 
         raise ValueError(f"answers of question {pool.question!r} must be known for a vote, got None")
     right = {answer for answer, ok in zip(pool.answers, pool.correct, strict=True) if ok}
     links: dict[str, Literal["sigmoid", "identity"]] = {
-        name: "sigmoid" if (np.asarray(values) < 0).any() else "identity" for name, values in pool.scores.items()
+        name: "sigmoid" if (values[np.isfinite(values)] < 0).any() else "identity"
+        for name, values in ((name, np.asarray(values, dtype=np.float64)) for name, values in pool.scores.items())
     }
     draws = 1 if n == len(pool.correct) else trials
     rng = np.random.default_rng(seed)
@@ -137,7 +138,8 @@ def vote_accuracies(pool: AnswerPool, n: int, *, trials: int = 100, seed: int = 
         answers = [pool.answers[i] for i in rows]
         hits["majority"] += _is_right(majority_vote(answers), right)
         for name, values in pool.scores.items():
-            picked = weighted_vote(answers, [float(values[i]) for i in rows], link=links[name])
+            floor = 0.0 if links[name] == "identity" else -np.inf  # -inf, an answer without steps, has no weight
+            picked = weighted_vote(answers, [max(float(values[i]), floor) for i in rows], link=links[name])
             hits[f"vote: {name}"] += _is_right(picked, right)
     return {name: count / draws for name, count in hits.items()}
 

@@ -41,15 +41,19 @@ if TYPE_CHECKING:
         TokenPairHead,
         ValueHead,
     )
+    from prmfast.prm.implicit import ImplicitPRM, load_implicit_prm
+    from prmfast.prm.load import load_prm
     from prmfast.prm.math_shepherd import MathShepherd
     from prmfast.prm.qwen import QwenMathPRM
     from prmfast.prm.reasoneval import ReasonEval
+    from prmfast.prm.step_separator import StepSeparatorPRM
     from prmfast.prm.transformers_prm import TransformersPRM
     from prmfast.prm.value_head import ValueHeadPRM
 
 _HOME = {
     "AutoPRM": "auto",
     "EncodedChain": "adapter",
+    "ImplicitPRM": "implicit",
     "MathShepherd": "math_shepherd",
     "PRMAdapter": "adapter",
     "PRMError": "adapter",
@@ -59,16 +63,20 @@ _HOME = {
     "ReasonEval": "reasoneval",
     "ReasonEvalHead": "heads",
     "StepHead": "heads",
+    "StepSeparatorPRM": "step_separator",
     "TokenPairHead": "heads",
     "TransformersPRM": "transformers_prm",
     "ValueHead": "heads",
     "ValueHeadPRM": "value_head",
+    "load_implicit_prm": "implicit",
+    "load_prm": "load",
     "losses": "losses",
 }
 
 __all__ = [
     "AutoPRM",
     "EncodedChain",
+    "ImplicitPRM",
     "MathShepherd",
     "PRMAdapter",
     "PRMError",
@@ -78,10 +86,13 @@ __all__ = [
     "ReasonEval",
     "ReasonEvalHead",
     "StepHead",
+    "StepSeparatorPRM",
     "TokenPairHead",
     "TransformersPRM",
     "ValueHead",
     "ValueHeadPRM",
+    "load_implicit_prm",
+    "load_prm",
     "losses",
 ]
 

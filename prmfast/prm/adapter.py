@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar
 
 from prmfast.prm.heads import StepHead
@@ -41,6 +42,10 @@ class PRMAdapter(abc.ABC):
     def matches(self, config: Any, tensors: Collection[str] = ()) -> bool:
         """Whether a checkpoint is this PRM's, by its config (``architectures``) and the names of its tensors."""
         return bool(set(self.architectures) & set(getattr(config, "architectures", None) or ()))
+
+    def configured(self, config: Any) -> PRMAdapter:
+        """This adapter with the options that a checkpoint's config has for it; without any, itself."""
+        return self
 
     @abc.abstractmethod
     def head(self, config: Any, tokenizer: Any = None) -> StepHead:
@@ -118,6 +123,12 @@ class PRMAdapter(abc.ABC):
         ids = [int(token) for token in tokenizer(self.text(question, steps))["input_ids"]]
         positions = [i for i, token in enumerate(ids) if token == mark]
         return self.chain(ids[: positions[-1] + 1] if positions else ids, positions, steps)
+
+    def prompt_length(self, tokenizer: Any, question: str, chain: EncodedChain) -> int:
+        """Tokens of ``chain`` that stand before its first step: those that the empty answer's has too."""
+        empty = self.encode(tokenizer, question, []).token_ids
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(chain.token_ids, empty, strict=False))
+        return sum(1 for _ in common)
 
     def chain(self, token_ids: Sequence[int], positions: Sequence[int], steps: Sequence[str]) -> EncodedChain:
         """A checked `EncodedChain`; ValueError unless there is one row per step."""

@@ -15,19 +15,27 @@ from prmfast.prm.adapter import PRMAdapter, PRMError
 from prmfast.prm.math_shepherd import MathShepherd
 from prmfast.prm.qwen import QwenMathPRM
 from prmfast.prm.reasoneval import ReasonEval
+from prmfast.prm.step_separator import StepSeparatorPRM
 from prmfast.prm.transformers_prm import TransformersPRM
 from prmfast.prm.value_head import ValueHeadPRM
 
 if TYPE_CHECKING:
     from prmfast.calibration.base import Calibrator
 
+SAVED_BY_TRAINERS = {"implicit_prm.json": "an implicit model", "quantile_prm.json": "a quantile PRM"}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class AutoPRM:
     """Chooses the adapter from a checkpoint's config and the names of its tensors; not instantiated."""
 
-    _adapters: ClassVar[list[PRMAdapter]] = [QwenMathPRM(), ReasonEval(), ValueHeadPRM(), MathShepherd()]
+    _adapters: ClassVar[list[PRMAdapter]] = [
+        QwenMathPRM(),
+        ReasonEval(),
+        StepSeparatorPRM(),
+        ValueHeadPRM(),
+        MathShepherd(),
+    ]
 
     def __init__(self) -> None:
         raise TypeError("AutoPRM is not instantiated; use AutoPRM.from_pretrained(directory)")
@@ -60,7 +68,7 @@ class AutoPRM:
             raise ValueError(f"adapter must be one of {', '.join(cls.names())}, got {choice!r}")
         for adapter in cls._adapters:
             if adapter.name == choice or (choice is None and adapter.matches(config, tensors)):
-                return adapter
+                return adapter.configured(config)
         raise PRMError(
             f"no PRM adapter matches architectures {getattr(config, 'architectures', None)} (model_type "
             f"{getattr(config, 'model_type', None)!r}); an ordinary language model is no PRM. Say what it is with "
@@ -97,6 +105,11 @@ class AutoPRM:
         from transformers import AutoConfig, AutoTokenizer
 
         name = os.fspath(directory)
+        for file, kind in SAVED_BY_TRAINERS.items():
+            if (Path(name) / file).is_file():
+                raise PRMError(
+                    f"{name} was saved as {kind}, which is no head on a decoder; prmfast.prm.load_prm reads it"
+                )
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)

@@ -75,6 +75,21 @@ class TransformersPRM:
         """Scores [question][answer][step] in [0, 1]; an answer without steps has none. Errors as in `judge`."""
         return [[chain.score.tolist() for chain in row] for row in self._rows(questions, answers)]
 
+    def split_steps(self, answer: str) -> list[str]:
+        """The steps that the PRM sees in an answer."""
+        return self.adapter.split_steps(answer)
+
+    def score_steps(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Scores [question][step] in [0, 1] of one answer per question, given as its steps; they are not split again.
+
+        Steps lose the template's own marks. Errors as in `judge`, but for a step token in a step.
+        """
+        check_score_inputs(questions, answers)
+        clean = self.adapter.without_marks
+        chains = [[clean(step) for step in self.adapter.format_steps(steps)] for steps in answers]
+        names = [f"answers[{i}]" for i in _range(answers)]
+        return [one.score.tolist() for one in self._judge_steps(list(zip(questions, chains, strict=True)), names)]
+
     def features(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[Tensor]]:
         """Hidden states [steps, d] of each answer, [question][answer]: the head's input, float32 on the CPU."""
         return [[chain.hidden for chain in row] for row in self._rows(questions, answers)]
@@ -126,11 +141,19 @@ class TransformersPRM:
         return [[next(chains) for _ in row] for row in answers]
 
     def _judge(self, pairs: Sequence[tuple[str, str | None]], names: Sequence[str]) -> list[_Judged]:
-        """Every pair's scores and states; equal chains run once, an answer without steps does not run."""
-        encoded: list[EncodedChain | None] = []
-        for (question, answer), name in zip(pairs, names, strict=True):
-            steps = [] if answer is None else self.adapter.split_steps(answer)
-            encoded.append(self._encode(question, steps, name) if steps or answer is None else None)
+        """Every pair's scores and states."""
+        split = [(q, None if answer is None else self.adapter.split_steps(answer)) for q, answer in pairs]
+        return self._judge_steps(split, names)
+
+    def _judge_steps(self, chains: Sequence[tuple[str, list[str] | None]], names: Sequence[str]) -> list[_Judged]:
+        """Scores and states of questions with steps, None for the empty answer.
+
+        Equal chains run once, an answer without steps does not run.
+        """
+        encoded = [
+            self._encode(question, steps or [], name) if steps or steps is None else None
+            for (question, steps), name in zip(chains, names, strict=True)
+        ]
         distinct = sorted({chain for chain in encoded if chain is not None}, key=lambda chain: len(chain.token_ids))
         done: dict[EncodedChain | None, _Judged] = {None: _Judged(torch.empty(0), torch.empty(0, self.hidden_width))}
         for at in range(0, len(distinct), self.batch_size):

@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from prmfast._files import write_text
 from prmfast._progress import progress as progress_bar
 from prmfast.engines.random import sample_keys, text_key
+from prmfast.prm.losses._common import PADDING
 from prmfast.tiny import task
 from prmfast.tiny.decoder import MAX_LENGTH, Decoder
 from prmfast.tiny.policy import Policy, PolicyConfig, forward
@@ -208,31 +210,87 @@ def train_prm(
     progress: bool = False,
 ) -> TinyPRMNet:
     """Cross-entropy on the labels at (rows, columns) of the given sequences."""
+    net = _new_net(states, states.features[rows, columns], settings)
+
+    def loss(pick: Tensor) -> Tensor:
+        logit, _ = net(states.take(rows[pick]), torch.arange(len(pick)), columns[pick])
+        return F.binary_cross_entropy_with_logits(logit, labels[pick])
+
+    _fit(net, loss, len(labels), 512, settings, progress)
+    return net
+
+
+def train_step_prm(
+    states: StepStates,
+    columns: Tensor,
+    labels: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    settings: TrainSettings,
+    progress: bool = False,
+) -> TinyPRMNet:
+    """The same head trained on whole answers, for losses that compare the steps of one: those of `prmfast.prm.losses`.
+
+    columns: [N, H] int64, where the steps of sequence i end (as `step_ends` counts); 0 in padding.
+    labels: [N, H] float, what ``loss`` takes for a step; -100 in padding.
+    loss: of logits [B, H] and labels [B, H], with 128 answers in a batch (about as many steps as `train_prm` takes).
+
+    ValueError for shapes that do not fit the states.
+    """
+    answers = len(states.hidden)
+    if columns.shape != labels.shape or columns.dim() != 2 or len(columns) != answers:
+        raise ValueError(
+            f"columns and labels must both be [{answers}, H], got {list(columns.shape)} and {list(labels.shape)}"
+        )
+    kept = labels != PADDING
+    net = _new_net(
+        states, states.features[torch.arange(answers)[:, None].expand_as(columns)[kept], columns[kept]], settings
+    )
+
+    def batch_loss(pick: Tensor) -> Tensor:
+        mine = kept[pick]
+        rows = torch.arange(len(pick))[:, None].expand_as(mine)[mine]
+        logit, _ = net(states.take(pick), rows, columns[pick][mine])
+        return loss(logit.new_zeros(mine.shape).masked_scatter(mine, logit), labels[pick])
+
+    _fit(net, batch_loss, answers, 128, settings, progress)
+    return net
+
+
+def _new_net(states: StepStates, seen: Tensor, settings: TrainSettings) -> TinyPRMNet:
+    """Seeded weights; features [R, 10] of the labelled steps give the scales."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         net = TinyPRMNet(states.hidden.shape[-1])
-    seen = states.features[rows, columns]
     net.feature_mean.copy_(seen.mean(0))
     net.feature_std.copy_(seen.std(0).clamp(min=1e-3))
+    return net
+
+
+def _fit(
+    net: TinyPRMNet,
+    batch_loss: Callable[[Tensor], Tensor],
+    count: int,
+    size: int,
+    settings: TrainSettings,
+    progress: bool,
+) -> None:
+    """``prm_epochs`` passes over ``count`` examples in random batches; ``batch_loss`` takes their numbers [size]."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.prm_rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(settings.seed)
-    size = 512
-    per_epoch = math.ceil(len(labels) / size)
+    per_epoch = math.ceil(count / size)
     steps = settings.prm_epochs * per_epoch
     with progress_bar(steps, "PRM", progress) as bar:
         for step in range(steps):
             if step % per_epoch == 0:
-                batches = torch.randperm(len(labels), generator=generator).split(size)
-            pick = batches[step % per_epoch]
+                batches = torch.randperm(count, generator=generator).split(size)
             _set_rate(optimizer, settings.prm_rate, step, steps)
-            logit, _ = net(states.take(rows[pick]), torch.arange(len(pick)), columns[pick])
-            loss = F.binary_cross_entropy_with_logits(logit, labels[pick])
+            loss = batch_loss(batches[step % per_epoch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             bar.advance()
             bar.update(loss=loss.item())
-    return net
 
 
 def measure(world: TinyWorld, settings: TrainSettings, *, progress: bool = False) -> WorldInfo:

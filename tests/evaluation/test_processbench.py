@@ -19,7 +19,7 @@ from prmfast.evaluation import (
     selection_table,
 )
 from prmfast.evaluation.plots import selection_curves, threshold_curves
-from prmfast.prm import AutoPRM
+from prmfast.prm import AutoPRM, TransformersPRM
 from tests.evaluation.test_best_of_n import make_pools
 from tests.prm.models import save
 
@@ -55,20 +55,35 @@ def test_table() -> None:
         first_error_table(scores[:1], chains)
 
 
-def test_scoring_by_a_transformers_prm(tmp_path: Path) -> None:
-    """Batches keep the order and change nothing; a chain that the PRM reads as other steps is an error."""
+class TextScorer:
+    """The same PRM without `StepScorer`: it splits the text of an answer itself."""
+
+    def __init__(self, prm: TransformersPRM) -> None:
+        self.prm_id, self.score = prm.prm_id, prm.score
+        self.question_state, self.features = prm.question_state, prm.features
+
+
+@pytest.mark.parametrize("kind", ["qwen", "pqm", "shepherd", "reasoneval"])
+def test_scoring_by_a_transformers_prm(kind: str, tmp_path: Path) -> None:
+    """Batches keep the order and change nothing, and steps given as they are have the scores of the whole answer."""
     chains = [
         Chain(f"What is {i}+1?", tuple(f"step {j}: {i}+{j}" for j in range(1 + i % 3)), -1, f"q{i}") for i in range(7)
     ]
-    folder, _, _ = save("qwen", tmp_path / "tiny-qwen")
-    prm = AutoPRM.from_pretrained(folder, dtype=torch.float64)
+    folder, _, _ = save(kind, tmp_path / f"tiny-{kind}")
+    adapter = "math-shepherd" if kind == "shepherd" else None
+    prm = AutoPRM.from_pretrained(folder, dtype=torch.float64, adapter=adapter)
     found = score_chains(prm, chains, batch_size=3)
     for chain, scores in zip(chains, found, strict=True):
-        alone = prm.score([chain.question], [["\n\n".join(chain.steps)]])[0][0]
-        assert scores == pytest.approx(alone, rel=1e-6)
+        answer = "\n\n".join(prm.adapter.format_steps(chain.steps))
+        assert scores == pytest.approx(prm.score([chain.question], [[answer]])[0][0], rel=1e-6)
     broken = Chain("q", ("one\n\nmore", "two"), -1, "q")
-    with pytest.raises(ValueError, match=r"chain 7: .*tiny-qwen sees 3 steps, the chain has 2; separator must be"):
-        score_chains(prm, [*chains, broken], batch_size=3)
+    assert len(score_chains(prm, [broken])[0]) == 2
+    if kind == "qwen":
+        split = TextScorer(prm)
+        assert np.allclose(np.concatenate(score_chains(split, chains)), np.concatenate(found), rtol=1e-6, atol=0)
+        message = r"chain 7: .*tiny-qwen sees 3 steps, the chain has 2; separator must be"
+        with pytest.raises(ValueError, match=message):
+            score_chains(split, [*chains, broken], batch_size=3)
 
 
 def test_real_files(shared_data: Path) -> None:

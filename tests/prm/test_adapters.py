@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from prmfast.prm import MathShepherd, PRMAdapter, PRMError, QwenMathPRM, ReasonEval, ValueHeadPRM
+from prmfast.prm import MathShepherd, PRMAdapter, PRMError, QwenMathPRM, ReasonEval, StepSeparatorPRM, ValueHeadPRM
 from tests.prm.models import CHATML, byte_level, sentencepiece, with_end
 
 QUESTION = "What is 1+1?"
@@ -27,6 +27,7 @@ READERS: dict[str, tuple[PRMAdapter, Any]] = {
     "reasoneval-released": (ReasonEval("released"), MISTRAL_BOS_PAD),
     "reasoneval-34b": (ReasonEval(), sentencepiece(pad="</s>", scheme="prepend")),
     "pqm": (ValueHeadPRM(), PQM),
+    "separator": (StepSeparatorPRM("\n\n"), MISTRAL),
 }
 STEP_TOKENS = {"qwen", "shepherd", "shepherd-apart", "shepherd-prepend", "pqm"}
 TEXT = st.text(alphabet="aSt1+-. \n$é", min_size=1, max_size=12).filter(lambda text: bool(text.strip()))

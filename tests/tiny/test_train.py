@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from prmfast.prm.losses import bce_loss
 from prmfast.tiny import TinyWorld, TrainSettings, task, train_world
-from prmfast.tiny.train import prm_examples, train_policy
+from prmfast.tiny.engine import start_ids
+from prmfast.tiny.prm import _padded, step_ends, step_states
+from prmfast.tiny.train import prm_examples, train_policy, train_prm, train_step_prm
 
 SMALL = TrainSettings(
     policy_steps=4, policy_batch=32, prm_questions=80, prm_epochs=1, report_questions=6, report_rollouts=4
@@ -60,3 +63,26 @@ def test_prm_examples_are_any_of_four_labels_of_short_train_questions(world: Tin
     any_of_four = (1 - (1 - truth) ** 4).mean()
     assert labels[:400].mean().item() == pytest.approx(any_of_four.item(), abs=0.06)
     assert labels[:400].mean() > truth.mean() + 0.1
+
+
+def test_whole_answers_train_the_head_that_single_steps_train(world: TinyWorld) -> None:
+    """Cross-entropy of one full batch is the same with an answer or a step in a row; padding never counts."""
+    traces = world.make_traces(20, 1, 4, progress=False, split="train").to_pylist()
+    ids = _padded([start_ids(row["question"], row["completion"]) for row in traces])
+    states, ends = step_states(world.policy, ids), [step_ends(row["completion"]) for row in traces]
+    columns = torch.zeros(len(ends), 12, dtype=torch.int64)
+    labels = torch.full((len(ends), 12), -100.0)
+    for i, row in enumerate(ends):
+        columns[i, : len(row)] = torch.tensor(row)
+        labels[i, : len(row)] = torch.tensor(traces[i]["step_successes"]).clamp(max=1).float()
+    kept = labels != -100
+    settings = TrainSettings(prm_epochs=12)
+    whole = train_step_prm(states, columns, labels, bce_loss, settings=settings)
+    rows = torch.arange(len(ends)).repeat_interleave(kept.sum(1))
+    single = train_prm(states, rows, columns[kept], labels[kept], settings=settings)
+    for (name, mine), theirs in zip(whole.state_dict().items(), single.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    untrained = train_step_prm(states, columns, labels, bce_loss, settings=TrainSettings(prm_epochs=0))
+    assert (whole.logit.weight - untrained.logit.weight).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"columns and labels must both be \[20, H\], got \[20, 12\] and \[20, 3\]"):
+        train_step_prm(states, columns, labels[:, :3], bce_loss, settings=settings)

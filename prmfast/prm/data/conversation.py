@@ -64,6 +64,23 @@ def encode_conversation(
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
+    before, answer = (
+        [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        for text in conversation_texts(conversation, tokenizer)
+    )
+    answer = answer[-max_length:]
+    room = max_length - len(answer)
+    before = before[-room:] if room else []
+    return EncodedConversation((*before, *answer), (False,) * len(before) + (True,) * len(answer))
+
+
+def conversation_texts(
+    conversation: Sequence[Message] | Sequence[Mapping[str, str]], tokenizer: Any
+) -> tuple[str, str]:
+    """The chat template's text of a conversation: its prompt and the last answer, which are tokenised apart.
+
+    ValueError as in `encode_conversation`.
+    """
     messages = read_messages("conversation", conversation)
     if messages[-1].role != "assistant":
         raise ValueError(f"conversation must end with the assistant's message, got role {messages[-1].role!r}")
@@ -75,14 +92,7 @@ def encode_conversation(
             "tokenizer must have a chat template whose conversation begins with its prompt, got a prompt that ends in "
             f"{prompt[-40:]!r}; a template that removes earlier reasoning cannot be trained on"
         )
-    before, answer = (
-        [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-        for text in (prompt, whole[len(prompt) :])
-    )
-    answer = answer[-max_length:]
-    room = max_length - len(answer)
-    before = before[-room:] if room else []
-    return EncodedConversation((*before, *answer), (False,) * len(before) + (True,) * len(answer))
+    return prompt, whole[len(prompt) :]
 
 
 def prompt_id(prompt: str | Sequence[Mapping[str, str]]) -> str:

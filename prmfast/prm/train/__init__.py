@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prmfast.prm.train.model import StepModel, load_backbone
     from prmfast.prm.train.objective import StepObjective
     from prmfast.prm.train.quantile import QuantileConfig, QuantilePRM, QuantileTrainer, load_quantile_prm
-    from prmfast.prm.train.rows import StepRows
+    from prmfast.prm.train.rows import RowLimits, StepRows
     from prmfast.prm.train.trainer import PRMConfig, PRMTrainer
 
 _HOME = {
@@ -29,6 +29,7 @@ _HOME = {
     "QuantileConfig": "quantile",
     "QuantilePRM": "quantile",
     "QuantileTrainer": "quantile",
+    "RowLimits": "rows",
     "StepCollator": "batches",
     "StepModel": "model",
     "StepObjective": "objective",
@@ -47,6 +48,7 @@ __all__ = [
     "QuantileConfig",
     "QuantilePRM",
     "QuantileTrainer",
+    "RowLimits",
     "StepCollator",
     "StepModel",
     "StepObjective",

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainingArguments
 
-from prmfast._files import atomic_path
-from prmfast.ops import linear_entry_logprob
+from prmfast._files import atomic_path, write_json
+from prmfast.prm.answers import AnswerModel, answer_logprobs, fingerprint, language_model
+from prmfast.prm.implicit import DESCRIPTION
 from prmfast.prm.losses import dpo_rm_loss, implicit_prm_loss, ipvrm_loss, q_rm_loss
 from prmfast.prm.losses._common import PADDING, option
 from prmfast.prm.train.base import UpdateMeanTrainer, as_examples
-from prmfast.prm.train.implicit_rows import Answer, ImplicitRows, collate_answers, pad_answers
+from prmfast.prm.train.implicit_rows import ImplicitRows, collate_answers
 from prmfast.prm.train.model import disable_dropout
 
 IMPLICIT_LOSSES = ("ipvrm", "implicit_prm", "dpo_rm", "q_rm")
@@ -99,50 +98,10 @@ class ImplicitObjective:
         return weight.sum() if self.reduction == "token" else (weight > 0).sum().double()
 
 
-class AnswerModel(nn.Module):
-    """Log-probabilities of the tokens of answers under a causal language model, without a [B, T, V] tensor.
-
-    lm: of ``AutoModelForCausalLM``, whose logits are its last hidden states times its output layer; ValueError for one
-    that adds a bias, caps or scales them.
-    """
-
-    def __init__(self, lm: Any) -> None:
-        super().__init__()
-        layer = lm.get_output_embeddings()
-        odd = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(lm.config, name, None)]
-        if layer is None or getattr(layer, "bias", None) is not None or odd:
-            what = odd[0] if odd else "no output layer or one with a bias"
-            raise ValueError(f"lm must have logits that are linear in the hidden states, got {what}")
-        self.config = lm.config
-        self.lm = lm
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
-        """[S, T] float64, 0 where the mask is false; the mask is false in the first column."""
-        states = self.lm.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        weight = self.lm.get_output_embeddings().weight
-        row, before = answer_mask[:, 1:].nonzero(as_tuple=True)
-        found = torch.zeros(input_ids.shape, dtype=torch.float64, device=states.device)
-        if not len(row):  # every parameter stays in the graph: processes wait for each other's gradients
-            anchor: Tensor = 0.0 * (states.sum() + weight.sum())
-            return found + anchor
-        with torch.autocast(states.device.type, enabled=False):
-            values = linear_entry_logprob(
-                states[row, before].to(weight.dtype),
-                weight,
-                torch.arange(len(row) + 1, device=states.device),
-                token_ids=input_ids[row, before + 1],
-            )
-        return found.index_put((row, before + 1), values)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes the decoder's activations in the backward pass, as the Trainer asks for it."""
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
-
-
 class ImplicitTrainer(UpdateMeanTrainer):
-    """Trains a language model as an implicit reward model; what it saves is a language model.
+    """Trains a language model as an implicit reward model; what it saves is one, and how to score with it.
+
+    `prmfast.prm.load_prm` loads the pair: the policy that was saved and the reference by its name, if it had one.
 
     The reference's log-probabilities are computed once, before training, and kept in ``args.output_dir``. Updates,
     batches and resumption are as in `PRMTrainer`. Sharded parameters (FSDP, ZeRO-3) are not supported: the output
@@ -178,7 +137,8 @@ class ImplicitTrainer(UpdateMeanTrainer):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         if processing_class is None:
             raise ValueError("processing_class must be the tokenizer unless model is a name, got None")
-        wrapped = AnswerModel(_language_model(model))
+        names = [_name(one) for one in (model, reference)]
+        wrapped = AnswerModel(language_model(model))
         if args.disable_dropout:
             disable_dropout(wrapped)
         sets = [self._rows(data, args, processing_class) for data in (train_dataset, eval_dataset)]
@@ -191,7 +151,14 @@ class ImplicitTrainer(UpdateMeanTrainer):
             processing_class=processing_class,
             **options,
         )
-        fixed = wrapped if reference is None else AnswerModel(_language_model(reference)).to(args.device)
+        fixed = wrapped if reference is None else AnswerModel(language_model(reference)).to(args.device)
+        self.description = {
+            "loss": args.loss,
+            "beta": beta,
+            "average": args.loss in ("ipvrm", "q_rm"),  # their logits are means over tokens
+            "reference": names[0] if reference is None else names[1],
+            "reference_fingerprint": fingerprint(fixed),
+        }
         for name, rows in zip(("train", "eval"), sets, strict=True):
             if rows is not None:
                 self._add_reference(fixed, rows, Path(args.output_dir) / f"{name}_{_REFERENCE}")
@@ -209,7 +176,7 @@ class ImplicitTrainer(UpdateMeanTrainer):
         from safetensors import safe_open
         from safetensors.torch import save_file
 
-        mark = {"rows": rows.fingerprint, "model": _fingerprint(model)}
+        mark = {"rows": rows.fingerprint, "model": fingerprint(model)}
         with self.args.main_process_first(local=False, desc="reference log-probabilities"):
             known = None
             if path.exists():
@@ -246,39 +213,11 @@ class ImplicitTrainer(UpdateMeanTrainer):
         if self.args.should_save:
             self._trained().save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
+            write_json(Path(folder) / DESCRIPTION, self.description)
 
 
-@torch.no_grad()
-def answer_logprobs(model: AnswerModel, answers: Sequence[Answer], *, batch_size: int = 8) -> list[Tensor]:
-    """Log-probabilities of the masked tokens of each answer, float64 on the CPU."""
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    order = sorted(range(len(answers)), key=lambda i: len(answers[i].token_ids))
-    found: list[Tensor] = [torch.empty(0)] * len(answers)
-    for at in range(0, len(order), batch_size):
-        some = order[at : at + batch_size]
-        batch = {name: value.to(device) for name, value in pad_answers([answers[i] for i in some]).items()}
-        values = model(**batch)
-        for i, row, mask in zip(some, values, batch["answer_mask"], strict=True):
-            found[i] = row[mask].cpu()
-    model.train(training)
-    return found
-
-
-def _language_model(model: Any) -> Any:
-    """A causal language model by name, or as it is."""
-    if not isinstance(model, (str, os.PathLike)):
-        return model
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the first numbers of every parameter: tells other weights without reading all of them."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[:64].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _name(model: Any) -> str | None:
+    """Where a model comes from: a folder as an absolute path, or a hub id; None for one that was made here."""
+    found = model if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", "")
+    name = os.fspath(found or "")
+    return str(Path(name).resolve()) if os.path.isdir(name) else name or None

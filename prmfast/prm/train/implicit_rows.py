@@ -10,17 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from prmfast.prm.answers import Answer, pad_answers
 from prmfast.prm.data import Example, OutcomeExample, PairExample, encode_conversation
 from prmfast.prm.data.conversation import Message
 from prmfast.prm.losses._common import PADDING
-
-
-class Answer(NamedTuple):
-    """Token ids; whether each is one of the answer's behind another token; the reference log-probability of those."""
-
-    token_ids: tuple[int, ...]
-    mask: tuple[bool, ...]
-    reference: Tensor | None = None
 
 
 class ImplicitRow(NamedTuple):
@@ -107,15 +100,3 @@ def collate_answers(rows: Sequence[ImplicitRow]) -> dict[str, Tensor]:
         batch["reference"] = torch.zeros(batch["input_ids"].shape, dtype=torch.float64)
         batch["reference"][batch["answer_mask"]] = torch.cat([a.reference for a in answers if a.reference is not None])
     return batch
-
-
-def pad_answers(answers: Sequence[Answer]) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask`` and ``answer_mask`` [S, T]."""
-    shape = len(answers), max(len(answer.token_ids) for answer in answers)
-    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    chosen = torch.zeros(shape, dtype=torch.bool)
-    for i, answer in enumerate(answers):
-        ids[i, : len(answer.token_ids)] = torch.tensor(answer.token_ids)
-        mask[i, : len(answer.token_ids)] = 1
-        chosen[i, : len(answer.mask)] = torch.tensor(answer.mask)
-    return {"input_ids": ids, "attention_mask": mask, "answer_mask": chosen}

@@ -28,7 +28,7 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass
 class QuantileConfig(PRMConfig):
-    """`PRMConfig` for quantiles; ``loss`` and what belongs to it are not used.
+    """`PRMConfig` for quantiles; ``loss`` and what belongs to it, and ``step_separator``, are not used.
 
     Args:
         levels: of the quantiles, increasing, each in (0, 1).
@@ -36,6 +36,7 @@ class QuantileConfig(PRMConfig):
         lora_layers: numbers of the layers; None: all.
     """
 
+    max_prompt_length: int | None = None
     levels: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
     lora_r: int = 16
     lora_alpha: int = 32

@@ -81,7 +81,7 @@ class TrainSettings(BaseModel):
 
 
 class PRMSettings(TrainSettings):
-    """``prmfast train prm``: see `PRMConfig`."""
+    """``prmfast train prm``: see `PRMConfig`. Without step_separator the template is PQM's, and no prompt is cut."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
     loss: Literal["pqm", "bce", "mse", "orm"] = "pqm"
@@ -89,7 +89,11 @@ class PRMSettings(TrainSettings):
     zeta: float = 4.0
     normalization: Literal["paper", "released"] = "paper"
     max_length: int | None = Field(default=1024, ge=1)
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    max_completion_length: int | None = Field(default=None, ge=1)
+    step_separator: str | None = Field(default=None, min_length=1)
     train_on_last_step_only: bool = False
+    dataset_num_proc: int | None = Field(default=None, ge=1)
 
     def trainer(self, *, quiet: bool) -> Any:
         """A `PRMTrainer`."""

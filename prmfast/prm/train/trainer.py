@@ -8,17 +8,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-from transformers import TrainingArguments
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
 
 from prmfast.prm.adapter import PRMAdapter
 from prmfast.prm.data import Example
 from prmfast.prm.heads import StepHead, ValueHead
+from prmfast.prm.step_separator import StepSeparatorPRM
 from prmfast.prm.train.base import UpdateMeanTrainer, as_examples
 from prmfast.prm.train.batches import StepCollator
 from prmfast.prm.train.model import StepModel, disable_dropout, load_backbone
 from prmfast.prm.train.objective import StepObjective
-from prmfast.prm.train.rows import StepRows
+from prmfast.prm.train.rows import RowLimits, StepRows
 from prmfast.prm.value_head import ValueHeadPRM
 
 Data = str | os.PathLike[str] | Iterable[Example | Mapping[str, Any]] | StepRows
@@ -26,13 +28,18 @@ Data = str | os.PathLike[str] | Iterable[Example | Mapping[str, Any]] | StepRows
 
 @dataclass
 class PRMConfig(TrainingArguments):  # type: ignore[misc]
-    """`transformers.TrainingArguments` and what a PRM adds; the names are those of the PRMConfig that TRL had.
+    r"""`transformers.TrainingArguments` and what a PRM adds: the fields and defaults of TRL's PRMConfig, and the loss.
 
     Args:
-        loss: "pqm", "bce", "mse" or "orm". variant, zeta, normalization: of `pqm_loss`.
-        max_length: tokens of a chain; see `StepRows`. None: no limit.
+        loss: "pqm", "bce" (TRL's cross entropy of two classes), "mse" or "orm". variant, zeta, normalization: of
+            `pqm_loss`.
+        max_length, max_prompt_length, max_completion_length: tokens of a chain, of its prompt, cut from the beginning,
+            and of its steps with their separators, cut at the end; see `RowLimits`. None: no limit.
         disable_dropout: trains without dropout.
-        train_on_last_step_only: labels of all steps but the last are not used.
+        step_separator: put behind every step, whose label stands at its last token (`StepSeparatorPRM`). None: PQM's
+            template with its step token (`ValueHeadPRM`). Not used where `PRMTrainer` is given an adapter.
+        train_on_last_step_only: labels of all steps but the last are not used in training.
+        dataset_num_proc: processes that tokenise; None: one.
     """
 
     learning_rate: float = 1e-5
@@ -41,9 +48,14 @@ class PRMConfig(TrainingArguments):  # type: ignore[misc]
     variant: str = "pqm"
     zeta: float = 4.0
     normalization: str = "paper"
+    logging_steps: float = 10
     max_length: int | None = 1024
+    max_prompt_length: int | None = 512
+    max_completion_length: int | None = None
     disable_dropout: bool = True
+    step_separator: str | None = "\n"
     train_on_last_step_only: bool = False
+    dataset_num_proc: int | None = None
 
 
 class PRMTrainer(UpdateMeanTrainer):
@@ -54,12 +66,13 @@ class PRMTrainer(UpdateMeanTrainer):
     run that is resumed goes on bit for bit (CPU). What it saves, `AutoPRM.from_pretrained` loads.
 
     Args:
-        model: a folder or hub id of a language model, a decoder without head (``AutoModel``), or a `StepModel`.
+        model: a folder or hub id of a language model, a `StepModel`, or a transformers model, whose decoder is taken;
+            a token classifier's head of one or two classes becomes the value head, other heads are left.
         args: a `PRMConfig`.
         train_dataset, eval_dataset: a file or rows for `read_examples`, examples, or `StepRows`. ``eval_loss`` is the
             mean over the batches, weighted with their rows.
         processing_class: the tokenizer; needed unless ``model`` is a name.
-        adapter: the template; the default is `ValueHeadPRM`, the one that `AutoPRM` chooses for such a checkpoint.
+        adapter: the template; the default follows from ``args.step_separator``, and `AutoPRM` finds it again.
         options: of `transformers.Trainer` (callbacks, compute_metrics, optimizers, ...).
     """
 
@@ -74,7 +87,7 @@ class PRMTrainer(UpdateMeanTrainer):
         adapter: PRMAdapter | None = None,
         **options: Any,
     ) -> None:
-        self.adapter = adapter or ValueHeadPRM()
+        self.adapter = adapter or _template(args.step_separator)
         self.objective = self._objective(args)
         if isinstance(model, (str, os.PathLike)):
             model, processing_class = load_backbone(os.fspath(model), self.adapter)
@@ -90,7 +103,7 @@ class PRMTrainer(UpdateMeanTrainer):
             args=args,
             data_collator=StepCollator(),
             train_dataset=self._rows(train_dataset, args, processing_class),
-            eval_dataset=self._rows(eval_dataset, args, processing_class),
+            eval_dataset=self._rows(eval_dataset, args, processing_class, evaluation=True),
             processing_class=processing_class,
             **options,
         )
@@ -102,9 +115,12 @@ class PRMTrainer(UpdateMeanTrainer):
         head: StepHead = self.adapter.head(backbone.config, None)
         if not isinstance(head, ValueHead):
             raise TypeError(f"adapter must be a value head's (ValueHeadPRM), got {type(self.adapter).__name__}")
-        return StepModel(backbone, head)
+        decoder = backbone.base_model if isinstance(backbone, PreTrainedModel) else backbone
+        if decoder is not backbone:
+            _take_classifier(backbone, head)
+        return StepModel(decoder, head)
 
-    def _rows(self, data: Data | None, args: PRMConfig, tokenizer: Any) -> StepRows | None:
+    def _rows(self, data: Data | None, args: PRMConfig, tokenizer: Any, *, evaluation: bool = False) -> StepRows | None:
         if data is None:
             return None
         if not isinstance(data, StepRows):
@@ -112,9 +128,10 @@ class PRMTrainer(UpdateMeanTrainer):
                 as_examples(data),
                 self.adapter,
                 tokenizer,
-                max_length=args.max_length,
-                last_step_only=args.train_on_last_step_only,
+                limits=RowLimits(args.max_length, args.max_prompt_length, args.max_completion_length),
+                last_step_only=args.train_on_last_step_only and not evaluation,
                 whole=args.loss == "orm",
+                processes=args.dataset_num_proc,
             )
         if len(data) == 0:
             raise ValueError(f"a data set must have a chain of at most max_length={args.max_length} tokens, got none")
@@ -138,5 +155,25 @@ class PRMTrainer(UpdateMeanTrainer):
         self._save_state(output_dir, state_dict)
         if self.args.should_save:
             config = copy.deepcopy(self.model.config)
-            config.architectures = ["ValueHeadPRM"]
+            config.architectures = [self.adapter.architectures[0]]
+            if isinstance(self.adapter, StepSeparatorPRM):
+                config.prm_step_separator = self.adapter.separator
             config.save_pretrained(output_dir or self.args.output_dir)
+
+
+def _template(step_separator: str | None) -> PRMAdapter:
+    return ValueHeadPRM() if step_separator is None else StepSeparatorPRM(step_separator)
+
+
+@torch.no_grad()
+def _take_classifier(model: Any, head: ValueHead) -> None:
+    """Copies a token classifier's logit, or of two classes the difference of both: its log odds of a right step."""
+    layer = getattr(model, "score", getattr(model, "classifier", None))
+    if not isinstance(layer, nn.Linear) or layer.out_features > 2:
+        return
+    for name, mine in (("weight", head.summary.weight), ("bias", head.summary.bias)):
+        theirs = getattr(layer, name)
+        if theirs is None:
+            mine.zero_()
+        else:
+            mine.copy_((theirs[-1:] - theirs[:1] if layer.out_features == 2 else theirs).reshape(mine.shape))

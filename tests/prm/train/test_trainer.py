@@ -18,7 +18,15 @@ pytest.importorskip("accelerate", reason="training needs the extra prmfast[train
 from prmfast.prm import AutoPRM
 from prmfast.prm.data import OutcomeExample, PairExample, PrefixExample, StepExample
 from prmfast.prm.data.conversation import Message
-from prmfast.prm.train import LengthBuckets, StepCollator, StepModel, StepObjective, StepRows, last_checkpoint
+from prmfast.prm.train import (
+    LengthBuckets,
+    RowLimits,
+    StepCollator,
+    StepModel,
+    StepObjective,
+    StepRows,
+    last_checkpoint,
+)
 from prmfast.prm.value_head import ValueHeadPRM
 from tests.prm.train.toy import At, backbone, chains, config, losses, trainer
 
@@ -250,10 +258,10 @@ def test_long_chains_are_cut_behind_a_step_or_left_out() -> None:
     example = StepExample("Q", ("a", "b", "b"), (1.0, 0.0, 0.0))
     full = StepRows([example], ValueHeadPRM(), tokenizer)[0]
     limit = full["step_positions"][1] + 3
-    (cut,) = (StepRows([example], ValueHeadPRM(), tokenizer, max_length=limit)[0],)
+    (cut,) = (StepRows([example], ValueHeadPRM(), tokenizer, limits=RowLimits(limit))[0],)
     assert cut["labels"] == [1, 0]
     assert cut["input_ids"] == full["input_ids"][: full["step_positions"][1] + 1]
-    whole = StepRows([example], ValueHeadPRM(), tokenizer, max_length=limit, whole=True)
+    whole = StepRows([example], ValueHeadPRM(), tokenizer, limits=RowLimits(limit), whole=True)
     assert (len(whole), whole.left_out) == (0, 1)
 
 
@@ -264,6 +272,8 @@ def test_long_chains_are_cut_behind_a_step_or_left_out() -> None:
         ({"variant": "eq11"}, "variant must be"),
         ({"variant": "theorem", "normalization": "released"}, "normalization must be 'paper'"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+        ({"dataset_num_proc": 0}, "processes must be at least 1 or None, got 0"),
         ({"max_length": 3}, "at most max_length=3 tokens"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Checks of the evaluation: argument name, rule, actual value."""
+"""Checks of stored scores and rewards: argument name, rule, actual value."""
 
 from __future__ import annotations
 
