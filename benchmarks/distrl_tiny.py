@@ -1,6 +1,6 @@
 """DistRL on the embedded tiny world: accuracy at equal rollouts, its options, and calibration of a policy that moved.
 
-    python -m benchmarks.distrl_tiny --output benchmarks/results/distrl_tiny.json --plot benchmarks/results/distrl_tiny.png
+    python -m benchmarks.distrl_tiny --output distrl_tiny.json --plot distrl_tiny.png
 
 Every method trains the shipped policy on 24 questions x 8 answers a step. Reward models begin as models trained
 offline on answers of the start policy (as the paper does; begun as a copy of the policy they tell right from wrong
@@ -207,7 +207,8 @@ def successes(world: TinyWorld, engine: Engine, questions: Sequence[str], rollou
 @torch.no_grad()
 def judged(world: TinyWorld, loop: Loop, questions: Sequence[str], sizes: Sizes) -> dict[str, float]:
     """The online reward model on fresh answers of the policy to questions of every kind."""
-    assert isinstance(loop.policy, TinyLearner) and isinstance(loop.reward_model, TinyLearner)
+    assert isinstance(loop.policy, TinyLearner)
+    assert isinstance(loop.reward_model, TinyLearner)
     rows = draw(loop.policy.engine(), questions, [sizes.samples] * len(questions), world.verify, first_seed=10**7)
     old = collect(loop.policy, rows.prompts, rows.answers, None).logprob(rows.token_ids)
     value = loop.config.beta * log_ratios(loop.reward_model, old, rows).sum(1) / rows.length.clamp(min=1)
