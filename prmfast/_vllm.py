@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import re
 from types import ModuleType
 
+from prmfast._versions import check_range, spelled
+
 OLDEST, FIRST_TOO_NEW = (0, 28), (0, 34)
-SUPPORTED = f">={OLDEST[0]}.{OLDEST[1]},<{FIRST_TOO_NEW[0]}.{FIRST_TOO_NEW[1]}"
+SUPPORTED = spelled(OLDEST, FIRST_TOO_NEW)
 """Versions of vLLM whose interfaces prmfast was written for; those that CI runs stand in the Makefile."""
 
 
@@ -29,8 +30,4 @@ def require_vllm(what: str) -> ModuleType:
 
 def check_version(version: str, what: str) -> None:
     """RuntimeError unless ``version`` lies in `SUPPORTED`; a build from sources without a number counts as newest."""
-    number = re.match(r"v?(\d+)\.(\d+)", version)
-    if number is None or version.startswith("0.0."):
-        return
-    if not OLDEST <= (int(number[1]), int(number[2])) < FIRST_TOO_NEW:
-        raise RuntimeError(f"{what} needs vLLM {SUPPORTED}, found {version}; install a version in that range")
+    check_range("vLLM", version, what, OLDEST, FIRST_TOO_NEW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,20 @@ def select_rows(candidates: Candidates, rows: Tensor) -> Candidates:
     keep = wanted[entry_rows(candidates)]
     counts = candidates.offsets.diff()[rows]
     return Candidates(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), *(t[keep] for t in candidates[1:]))
+
+
+def slice_rows(candidates: Candidates, start: int, stop: int) -> Candidates:
+    """Rows start .. stop - 1."""
+    offsets = candidates.offsets[start : stop + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    return Candidates(offsets - first, *(t[first:last] for t in candidates[1:]))
+
+
+def concat_rows(parts: Sequence[Candidates]) -> Candidates:
+    """The rows of all parts, of which there is at least one."""
+    counts = torch.cat([part.offsets.diff() for part in parts])
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Candidates(offsets, *(torch.cat([part[i] for part in parts]) for i in (1, 2, 3)))
 
 
 def keep_rows(candidates: Candidates, where: Layout) -> Candidates:

@@ -26,11 +26,11 @@ from prmfast._files import atomic_path
 from prmfast._progress import progress as progress_bar
 from prmfast.distrl.advantages import Advantages
 from prmfast.distrl.config import LoopConfig
-from prmfast.distrl.models import LanguageModel, Outputs, collect, descend
+from prmfast.distrl.models import LanguageModel, Outputs, collect
 from prmfast.distrl.phases import Phases
 from prmfast.distrl.processes import Processes
 from prmfast.distrl.rollouts import Reward, Rollouts, choose, draw, joined
-from prmfast.distrl.step import Batch, policy_loss, reward_loss, step_advantages
+from prmfast.distrl.step import Batch, policy_loss, reward_loss, step_advantages, update
 from prmfast.engines.base import Engine
 from prmfast.ops import ias_allocate
 
@@ -241,17 +241,17 @@ class Loop:
     def _descend(
         self, name: str, model: LanguageModel, own: Rollouts, loss_of: Callable[[Outputs], Tensor]
     ) -> tuple[float, float]:
-        """One step of AdamW; loss and gradient norm. A gradient that is not finite moves nothing, which is logged."""
-        optimizer, parameters = self._optimizers[name], list(model.parameters())
-        optimizer.zero_grad()
-        loss = descend(model, own.prompts, own.answers, loss_of, self.config.answers_per_pass)
-        self.processes.sum_gradients(parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_norm))
-        if math.isfinite(norm):
-            optimizer.step()
-        else:
-            logger.warning("the gradient norm of the %s is %s: step %d leaves it as it is", name, norm, self.step)
-        return loss, norm
+        return update(
+            model,
+            self._optimizers[name],
+            own.prompts,
+            own.answers,
+            loss_of,
+            processes=self.processes,
+            max_norm=self.config.max_norm,
+            size=self.config.answers_per_pass,
+            name=name,
+        )
 
     def _fingerprint(self) -> str:
         return hashlib.sha256(json.dumps([asdict(self.config), list(self.questions)]).encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -290,6 +291,48 @@ def linear_distrl_loss(
     return _total(logp, tokens, where, rule or LossRule(), hidden.dtype)
 
 
+def dist_ppo(
+    states: Tensor,
+    candidates: Candidates,
+    *,
+    offsets: Tensor,
+    weight: Tensor | None = None,
+    rule: LossRule | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> DistPPO:
+    """The distribution-level part of `distrl_loss` alone, beside a token-level loss of another program.
+
+    Args:
+        states: of pi_theta, logits [N, V], or with ``weight`` [V, d], the output layer, the last hidden states [N, d].
+        candidates: CSR, N rows, with the advantages of `distrl_advantages`.
+        offsets: int64 [S + 1] of packed sequences.
+        weight: in the states' dtype.
+        rule: `LossRule`; default ``LossRule.paper()``. Its alpha and the clipping of sampled tokens are not used.
+        temperature: > 0, divides the logits.
+        backend: of the room dist_ppo.
+
+    Returns:
+        `DistPPO`, differentiable in states and weight.
+
+    Raises:
+        TypeError, ValueError: as `prmfast.ops.dist_ppo_loss`; ValueError for candidates of another number of rows.
+    """
+    op, rule = "dist_ppo", rule or LossRule()
+    if len(candidates.offsets) != len(states) + 1:
+        raise ValueError(
+            f"{op}: candidates must have {len(states)} rows like states, got {len(candidates.offsets) - 1}"
+        )
+    where = layout(op, "states", states[:, 0].detach(), None, offsets)
+    starts, ids = candidates.offsets, candidates.token_ids
+    options: dict[str, Any] = {"temperature": temperature, "backend": backend}
+    if weight is None:
+        logp = entry_logprob(states, starts, ids, **options)
+    else:
+        logp = linear_entry_logprob(states, weight, starts, token_ids=ids, **options)
+    return _dist_part(logp, candidates, where, rule, states.dtype)
+
+
 @dataclass(slots=True)
 class _Tokens:
     """The constants of an update: of valid tokens [N], and the candidates; then where each stands among the entries."""
@@ -334,18 +377,21 @@ def _total(entry_logp: Tensor, tokens: _Tokens, where: Layout, rule: LossRule, d
     candidates = tokens.candidates
     at = entry_logp[tokens.place]
     split = len(candidates.token_ids)
-    new, logp = at[:split], at[split:]
+    tok = _tok_ppo(at[split:], tokens.old_logp, tokens.advantage, where, rule)
+    dist = _dist_part(at[:split], candidates, where, rule, torch.float64)
+    total = tok.loss + rule.alpha * dist.loss if rule.alpha else tok.loss
     result = torch.float64 if dtype == torch.float64 else torch.float32
-    tok = _tok_ppo(logp, tokens.old_logp, tokens.advantage, where, rule)
+    tok, dist = replace(tok, loss=tok.loss.to(result)), replace(dist, loss=dist.loss.to(result))
+    return DistRLLoss(total.to(result), tok, dist, _reasons(where, tokens.advantage, candidates, rule))
+
+
+def _dist_part(new: Tensor, candidates: Candidates, where: Layout, rule: LossRule, dtype: torch.dtype) -> DistPPO:
+    """From the log-probabilities of the candidates; the loss in float64 or float32, as ``dtype`` says."""
     weight = _row_weight(candidates, where, rule.variant)[entry_rows(candidates)]
     clip = Rule(rule.dist_clip_low, rule.dist_clip_high, rule.dual_clip, 1.0)
-    dist_loss = -(weight * terms(new, candidates, clip)).sum()
-    total = tok.loss + rule.alpha * dist_loss if rule.alpha else tok.loss
-    tok, dist = (
-        replace(tok, loss=tok.loss.to(result)),
-        _dist_ppo(dist_loss.to(result), new.detach(), candidates, where, rule),
-    )
-    return DistRLLoss(total.to(result), tok, dist, _reasons(where, tokens.advantage, candidates, rule))
+    loss = -(weight * terms(new, candidates, clip)).sum()
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    return _dist_ppo(loss.to(result), new.detach(), candidates, where, rule)
 
 
 def _row_weight(candidates: Candidates, where: Layout, variant: str) -> Tensor:

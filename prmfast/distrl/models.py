@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prmfast.distrl.advantages import Advantages
-from prmfast.distrl.losses import DistRLLoss, LossRule, distrl_loss, linear_distrl_loss
+from prmfast.distrl.losses import DistPPO, DistRLLoss, LossRule, dist_ppo, distrl_loss, linear_distrl_loss
 from prmfast.ops import Candidates, candidate_td, linear_candidate_td, linear_entry_logprob, token_logprob
 
 
@@ -84,6 +84,48 @@ class Outputs:
             temperature=temperature,
         )
 
+    def dist_loss(
+        self, candidates: Candidates, *, offsets: Tensor, rule: LossRule, temperature: float = 1.0
+    ) -> DistPPO:
+        """`dist_ppo` of these distributions."""
+        at = partial(dist_ppo, self.states, candidates, weight=self.weight)
+        return at(offsets=offsets, rule=rule, temperature=temperature)
+
+
+def output_layer(model: Any) -> Any:
+    """The output layer of a transformers causal language model; what it makes of hidden states are the logits.
+
+    Raises:
+        TypeError: a model without one. ValueError: one that caps or scales what the layer gives.
+    """
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if layer is None:
+        raise TypeError(f"model must be a transformers causal LM with an output layer, got {type(model).__name__}")
+    config = model.config.get_text_config()
+    odd = {name: getattr(config, name, None) for name in _BEHIND_THE_LAYER}
+    odd = {name: value for name, value in odd.items() if value is not None and value != _BEHIND_THE_LAYER[name]}
+    if odd:
+        rule = "model must have no soft cap and no scale behind its output layer"
+        raise ValueError(f"{rule}, got {type(model).__name__} with {next(iter(odd))} = {next(iter(odd.values()))}")
+    return layer
+
+
+def read_out(layer: Any, hidden: Tensor) -> Outputs:
+    """What an output layer says of hidden states [N, d]: without a bias no [N, V] tensor is made."""
+    if getattr(layer, "bias", None) is not None:
+        return Outputs(layer(hidden.to(layer.weight.dtype)))
+    return Outputs(hidden.to(layer.weight.dtype), layer.weight)
+
+
+_BEHIND_THE_LAYER = {
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "output_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+"""Settings of models that cap or scale the logits, and the value with which they do nothing."""
+
 
 class LanguageModel(Protocol):
     """A language model that can be trained: the policy, the reward model and the reference are three of them."""
@@ -114,10 +156,7 @@ class HuggingFaceModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-            raise TypeError(f"model must be a transformers causal LM with an output layer, got {type(model).__name__}")
-        if getattr(model.config, "final_logit_softcapping", None):
-            raise ValueError(f"model must have no soft cap behind its output layer, got {type(model).__name__}")
+        output_layer(model)
         self.model, self.tokenizer = model, tokenizer
 
     def outputs(self, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> Outputs:
@@ -137,10 +176,7 @@ class HuggingFaceModel:
             wanted[i, len(starts[i]) - 1 : len(row) - 1] = True
         device = self.model.device
         states = self.model.base_model(input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False)
-        hidden, layer = states.last_hidden_state[wanted.to(device)], self.model.get_output_embeddings()
-        if getattr(layer, "bias", None) is not None:
-            return Outputs(layer(hidden))
-        return Outputs(hidden, layer.weight)
+        return read_out(self.model.get_output_embeddings(), states.last_hidden_state[wanted.to(device)])
 
     def parameters(self) -> Iterable[Tensor]:
         """Those that require a gradient (with LoRA, the adapters)."""
@@ -157,8 +193,8 @@ class HuggingFaceModel:
 
 
 def _passes(
-    prompts: Sequence[str], answers: Sequence[Sequence[int]], size: int | None
-) -> Iterator[tuple[Sequence[str], Sequence[Sequence[int]]]]:
+    prompts: Sequence[Any], answers: Sequence[Sequence[int]], size: int | None
+) -> Iterator[tuple[Sequence[Any], Sequence[Sequence[int]]]]:
     """Pieces of at most ``size`` answers that have a token."""
     step = max(len(prompts), 1) if size is None else size
     for at in range(0, len(prompts), step):
@@ -169,7 +205,7 @@ def _passes(
 
 @torch.no_grad()
 def collect(
-    model: LanguageModel, prompts: Sequence[str], answers: Sequence[Sequence[int]], size: int | None
+    model: LanguageModel, prompts: Sequence[Any], answers: Sequence[Sequence[int]], size: int | None
 ) -> Outputs:
     """``model.outputs`` in passes of ``size`` answers, without a graph; there is at least one prompt."""
     pieces = list(_passes(prompts, answers, size)) or [(prompts[:1], [()])]
@@ -179,7 +215,7 @@ def collect(
 
 def descend(
     model: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     answers: Sequence[Sequence[int]],
     loss_of: Callable[[Outputs], Tensor],
     size: int | None,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from prmfast.distrl.candidates import select_rows
+from prmfast.distrl.candidates import slice_rows
 from prmfast.ops import Candidates
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Processes:
         """The rows of this process again."""
         if self.count == 1:
             return every
-        return select_rows(every, torch.arange(rows.start, rows.stop, device=every.offsets.device))
+        return slice_rows(every, rows.start, rows.stop)
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise, over the processes."""

@@ -4,6 +4,9 @@ share it.
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -16,9 +19,11 @@ from prmfast.distrl.analysis import pairwise_accuracy, rm_score, sign_accuracy, 
 from prmfast.distrl.candidates import likely, released_candidates, sampled_logp, sampled_td, without_last_token
 from prmfast.distrl.config import LoopConfig
 from prmfast.distrl.losses import DistRLLoss
-from prmfast.distrl.models import Outputs
+from prmfast.distrl.models import LanguageModel, Outputs, descend
 from prmfast.distrl.processes import Processes
 from prmfast.prm.losses import implicit_prm_loss, online_ipvrm_loss, online_terms
+
+logger = logging.getLogger("prmfast.distrl")
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,34 @@ def _own(made: Advantages, processes: Processes, rows: slice) -> Advantages:
         return made
     candidates = processes.own_candidates(made.candidates, rows)
     return Advantages(made.token[rows], candidates, made.outcome, made.sigma_v, made.reasons)
+
+
+def update(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    prompts: Sequence[Any],
+    answers: Sequence[Sequence[int]],
+    loss_of: Callable[[Outputs], Tensor],
+    *,
+    processes: Processes,
+    max_norm: float,
+    size: int | None,
+    name: str,
+) -> tuple[float, float]:
+    """One step of the optimiser along the sum of the processes' gradients; the loss and the norm of that sum.
+
+    A gradient that is not finite moves nothing, which is logged under ``name``.
+    """
+    parameters = list(model.parameters())
+    optimizer.zero_grad()
+    loss = descend(model, prompts, answers, loss_of, size)
+    processes.sum_gradients(parameters)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    if math.isfinite(norm):
+        optimizer.step()
+    else:
+        logger.warning("the gradient norm of the %s is %s: this step leaves it as it is", name, norm)
+    return loss, norm
 
 
 def policy_loss(found: DistRLLoss, batch: Batch, config: LoopConfig) -> tuple[Tensor, dict[str, float]]:

@@ -20,6 +20,7 @@ from prmfast.distrl.phases import Phases
 from prmfast.distrl.rollouts import Rollouts, choose, draw
 from prmfast.engines import TransformersEngine
 from prmfast.tiny import TinyLearner, TinyWorld
+from tests.distrl.transcription import transcribed
 
 METHODS = ["grpo", "reinforce", "grpo_ipvrm", "prime", "distrl_implicit", "distrl_ipvrm", "distrl_released"]
 
@@ -75,73 +76,25 @@ def test_every_method_moves_what_it_trains(world: TinyWorld, questions: list[str
     assert ("reference" in moved) == (loop.config.reference == "fixed")
 
 
-def log_probabilities(model: LanguageModel, rollouts: Rollouts) -> Tensor:
-    return model.outputs(rollouts.prompts, rollouts.answers).logits().log_softmax(-1)
-
-
 @pytest.mark.parametrize("reference", ["behaviour", "fixed"])
 def test_a_step_is_its_plain_transcription(world: TinyWorld, questions: list[str], reference: str) -> None:
-    """[V] eq. 9-16 and 23-29 written out in float64 over whole [N, V] tables, two policy updates on one batch."""
+    """Two policy updates on each of two batches."""
     config = small(reference=reference, updates=2)
     loop = make(world, questions, config, torch.float64)
-    policy, start = copy.deepcopy(loop.policy), copy.deepcopy(loop.policy)
+    policy = copy.deepcopy(loop.policy)
     rollouts = loop._rollouts()
     loop.run(1)
-    second = loop._rollouts()
+    batches = [rollouts, loop._rollouts()]
     record = loop.run(2)[-1]
 
-    ids = {id(batch): torch.tensor([t for answer in batch.answers for t in answer]) for batch in (rollouts, second)}
-    phi = copy.deepcopy(start)
-    policy_adam = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
-    phi_adam = torch.optim.AdamW(phi.parameters(), lr=1e-3, weight_decay=0.0)
-    for batch in (rollouts, second):
-        token, counts = ids[id(batch)], [len(answer) for answer in batch.answers]
-        row, y = torch.arange(len(token)), batch.outcome.double()
-        old = log_probabilities(policy, batch).detach()
-        base = old if reference == "behaviour" else log_probabilities(start, batch).detach()
-        ratio = (log_probabilities(phi, batch) - base)[row, token]
-        per_answer = []
-        for s, part in enumerate(ratio.split(counts)):
-            mu = y[batch.group == batch.group[s]].mean()
-            shift = torch.logit(mu.clamp(1e-6, 1 - 1e-6))
-            v = 10 * part.cumsum(0) / torch.arange(1, len(part) + 1)
-            good = (1 - mu) * -torch.nn.functional.logsigmoid(v - (5 - shift))
-            bad = mu * -torch.nn.functional.logsigmoid(-(v + 5 + shift))
-            per_answer.append((good if y[s] else bad).mean())
-        phi_adam.zero_grad()
-        torch.stack(per_answer).mean().backward()
-        torch.nn.utils.clip_grad_norm_(phi.parameters(), 1.0)
-        phi_adam.step()
+    def logits(model: LanguageModel, batch: Rollouts) -> Tensor:
+        return model.outputs(batch.prompts, batch.answers).logits()
 
-        with torch.no_grad():
-            table = 10 * (log_probabilities(phi, batch) - base)
-        td = table[row, token]
-        sigma = torch.cat([part.cumsum(0) for part in td.split(counts)]).std(correction=0) + 1e-8
-        normed, outcome = torch.empty_like(td), torch.empty_like(y)
-        owner = batch.group.repeat_interleave(torch.tensor(counts))
-        for g in batch.group.unique():
-            mine = td[owner == g] / sigma
-            normed[owner == g] = (mine - mine.mean()) / (mine.std(correction=0) + 1e-8)
-            r = y[batch.group == g]
-            outcome[batch.group == g] = (r - r.mean()) / r.std(correction=0).clamp(min=1e-6)
-        gae = torch.cat([part.flip(0).cumsum(0).flip(0) for part in normed.split(counts)])
-        advantage = outcome.repeat_interleave(torch.tensor(counts)) + gae
-        likely = old >= math.log(0.1)
-        for _ in range(2):
-            logp = log_probabilities(policy, batch)
-            rho = (logp - old)[row, token].exp()
-            tok = torch.minimum(rho * advantage, rho.clamp(0.8, 1.28) * advantage)
-            ratios, a = (logp - old)[likely].exp(), table[likely] / sigma
-            entry = old[likely].exp() * torch.minimum(ratios * a, ratios.clamp(0.8, 1.28) * a)
-            dist = torch.zeros_like(tok).index_add(0, likely.nonzero()[:, 0], entry)
-            loss = -torch.stack([part.mean() for part in (tok + 0.1 * dist).split(counts)]).mean()
-            policy_adam.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            policy_adam.step()
-    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-9)
-    assert record["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
-    assert record["sigma_v"] == pytest.approx(float(sigma - 1e-8), rel=1e-6)
+    expected = transcribed(batches, logits, policy, fixed_reference=reference == "fixed")[-1]
+    assert record["loss"] == pytest.approx(expected["losses"][-1], rel=1e-5, abs=1e-9)
+    assert record["gradient_norm"] == pytest.approx(expected["norms"][-1], rel=1e-4)
+    assert record["sigma_v"] == pytest.approx(expected["sigma_v"], rel=1e-6)
+    assert record["rm_loss"] == pytest.approx(expected["rm_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["grpo", "distrl_ipvrm", "prime"])
