@@ -237,6 +237,25 @@ def ranking_tiny(result: dict[str, Any]) -> str:
     return f"{about}; {', '.join(without)}; {machine(result)}.\n\n" + markdown(header, rows)
 
 
+def implicit_tiny(result: dict[str, Any]) -> str:
+    """A row per implicit model and baseline; mean and interval over seeds."""
+    seeds = result["seeds"]
+    columns = {
+        "spearman, mean": "rank correlation, mean",
+        "spearman, sum": "rank correlation, sum",
+        "spearman within, sum": "the same within a question",
+        "F1, prefix": "F1, prefix",
+        "F1, process": "F1, process",
+        "BON@4": "BON@4",
+        "BON@16": "BON@16",
+    }
+    rows = [
+        [name, *(over_seeds([seed[name][c] for seed in seeds], 2) if c in row else "" for c in columns)]
+        for name, row in seeds[0].items()
+    ]
+    return f"{len(seeds)} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(["", *columns.values()], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels_cpu": kernels_cpu,
     "calibration_real": calibration_real,
