@@ -130,3 +130,12 @@ def test_votes_by_hand() -> None:
 def test_errors(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_an_answer_without_steps_has_no_weight_in_a_vote() -> None:
+    """Its score is -inf, which does not make logits of the probabilities beside it."""
+    scores = {"min": np.array([-np.inf, -np.inf, 0.6, 0.5])}
+    pool = AnswerPool("q", (False, False, True, False), scores, ("a", "a", "b", "c"))
+    assert vote_accuracies(pool, 4) == {"majority": 0.0, "vote: min": 1.0}
+    alone = AnswerPool("q", (True, False), {"min": np.array([0.01, -np.inf])}, ("a", "b"))
+    assert vote_accuracies(alone, 2)["vote: min"] == 1.0
