@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -234,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=Sizes.steps)
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args(arguments)
-    machine = describe(("prmfast", "torch", "transformers"))
+    machine, load = describe(("prmfast", "torch", "transformers")), os.getloadavg()[0]
     rows = []
     spawn = multiprocessing.get_context("spawn")
     with progress(len(BATCHES) * len(METHODS), "methods") as bar:
@@ -253,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = wide_console()
     show(rows, console)
     if parsed.output is not None:
-        report = {"machine": machine, "device": parsed.device, "threads": parsed.threads, "rows": rows}
+        report = {"machine": machine, "device": parsed.device, "threads": parsed.threads, "load": load}
+        report |= {"vocabulary": parsed.vocabulary, "rows": rows}
         write_json(parsed.output, report)
         console.print(f"written: {parsed.output}", highlight=False)
 

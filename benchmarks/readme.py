@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration_synthetic import Cell, reference_rows
+from benchmarks.distrl_cost import PHASES as COST_PHASES
+from benchmarks.distrl_tiny_report import tables as distrl_tables
 from benchmarks.seeds import interval as over_seeds
 from benchmarks.seeds import mean_interval
 from prmfast._files import write_text
@@ -256,6 +258,30 @@ def implicit_tiny(result: dict[str, Any]) -> str:
     return f"{len(seeds)} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(["", *columns.values()], rows)
 
 
+def distrl_tiny(result: dict[str, Any]) -> str:
+    """Accuracy of the methods at equal rollouts, options, label imbalance, calibration after training."""
+    sizes, seeds = result["sizes"], len({cell["seed"] for cell in result["cells"]})
+    step = f"{sizes['prompts']} questions x {sizes['samples']} answers a step"
+    about = f"{seeds} seeds, mean ± 95 %; {step}; {machine(result)}"
+    parts = [f"{about}."]
+    for grid in distrl_tables(result):
+        parts += [f"{grid.title[0].upper()}{grid.title[1:]}:", markdown(grid.header, grid.rows)]
+    return "\n\n".join(parts)
+
+
+def distrl_cost(result: dict[str, Any]) -> str:
+    """Seconds and memory of a step beside the plain GRPO step's, with the split by phase."""
+    rows = []
+    for row in result["rows"]:
+        phases = [f"{row[name]:.2f}" if (name := f"seconds/{phase}") in row else "" for phase in COST_PHASES]
+        memory = ["", ""] if row["peak_mb"] is None else [f"{row['peak_mb']:.0f}", f"{row['memory_ratio']:.2f}"]
+        beside = f"{row['time_ratio']:.2f}"
+        rows.append([row["batch"], row["method"], f"{row['seconds']:.2f}", *phases, beside, *memory])
+    header = ["batch", "step", "seconds", *COST_PHASES, "time / plain", "peak MB", "memory / plain"]
+    about = f"{result['device']}, V = {result['vocabulary']:,}, load {result['load']:.1f}; {machine(result)}"
+    return f"{about}.\n\n" + markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels_cpu": kernels_cpu,
     "calibration_real": calibration_real,
@@ -265,6 +291,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "beam_search_tiny": beam_search_tiny,
     "labels_tiny": labels_tiny,
     "ranking_tiny": ranking_tiny,
+    "distrl_tiny": distrl_tiny,
+    "distrl_cost": distrl_cost,
 }
 
 

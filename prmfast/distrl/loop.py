@@ -91,11 +91,12 @@ class Loop:
         self.device, self.step, self.history = device, 0, list[dict[str, Any]]()
         self.reward_model: LanguageModel | None = None
         self.reference: LanguageModel | None = None
-        self._optimizers = {"policy": torch.optim.AdamW(policy.parameters(), lr=config.policy_rate, weight_decay=0.0)}
+        adam = partial(torch.optim.AdamW, weight_decay=0.0, fused=True)  # one pass over the weights, no copies of them
+        self._optimizers = {"policy": adam(policy.parameters(), lr=config.policy_rate)}
         if config.reward != "none":
             self.reward_model = copy.deepcopy(policy) if reward_model is None else reward_model
             parameters = self.reward_model.parameters()
-            self._optimizers["reward"] = torch.optim.AdamW(parameters, lr=config.reward_rate, weight_decay=0.0)
+            self._optimizers["reward"] = adam(parameters, lr=config.reward_rate)
             if config.reference == "fixed":
                 self.reference = copy.deepcopy(policy) if reference is None else reference
         for model in self._models().values():

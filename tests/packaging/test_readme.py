@@ -23,7 +23,7 @@ def test_tables_are_made_from_the_results() -> None:
 def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     on_vllm = [block for block in blocks if "prmfast.vllm" in block]  # large models on a GPU: its imports only
-    assert (len(blocks), len(on_vllm)) == (4, 1)
+    assert (len(blocks), len(on_vllm)) == (5, 1)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks:
