@@ -47,6 +47,58 @@ def loops(folder: Path, accelerator: Any = None) -> dict[str, Any]:
     return found
 
 
+def trained(folder: Path, per_device: int, accumulation: int) -> dict[str, Any]:
+    """What TRL's trainer logs, and both models: two updates on answers that do not depend on the process; a token of
+    each answer comes from elsewhere.
+    """
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from prmfast.distrl.trl import DistRLConfig, DistRLTrainer
+    from prmfast.tiny import TinyWorld
+
+    world = TinyWorld.load()
+    tokenizer = AutoTokenizer.from_pretrained(world.tokenizer_directory())
+
+    def answers(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        first = trainer.accelerator.process_index * len(prompts)
+        drawn = world.engine.sample(prompts, [first + i for i in range(len(prompts))])
+        ids = [list(one.token_ids) for one in drawn]
+        return {
+            "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": ids,
+            "logprobs": [[0.0] * len(one) for one in ids],
+            "env_mask": [[int(i != 2) for i in range(len(one))] for one in ids],
+        }
+
+    def parity(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    args = DistRLConfig(
+        str(folder),
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        **{"num_generations": 4, "max_steps": 2, "learning_rate": 1e-4, "rm_learning_rate": 1e-3, "seed": 5},
+        **{"lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": []},
+        **{"use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False},
+    )
+    run = DistRLTrainer(
+        AutoModelForCausalLM.from_pretrained(world.policy_directory()).double(),
+        parity,
+        args,
+        train_dataset=Dataset.from_dict({"prompt": world.questions(12, seed=3, split="train", k_range=(2, 4))}),
+        processing_class=tokenizer,
+        rollout_func=answers,
+    )
+    run.train()
+    names = ("loss", "grad_norm", "distrl/rm_loss", "distrl/sigma_v", "distrl/dist_mass", "distrl/dist_clip_fraction")
+    models = (run.accelerator.unwrap_model(run.model), run.reward_model)
+    return {
+        "log": [[entry[name] for name in names] for entry in run.state.log_history if "loss" in entry],
+        "weights": [tensor.detach().clone() for model in models for tensor in model.parameters()],
+    }
+
+
 def start(what: str, folder: Path, processes: int = 2) -> list[subprocess.Popen[bytes]]:
     """``what`` in gloo processes."""
     with socket.socket() as free:
@@ -75,8 +127,10 @@ def finish(ranks: list[subprocess.Popen[bytes]]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[2])
-    from accelerate import Accelerator
+    if sys.argv[1] == "loop":
+        from accelerate import Accelerator
 
-    state = Accelerator(cpu=True)
-    made = loops(folder, state)
-    torch.save(made, folder / f"loop-{state.process_index}.pt")
+        made = loops(folder, Accelerator(cpu=True))
+    else:
+        made = trained(folder, per_device=3, accumulation=2)
+    torch.save(made, folder / f"{sys.argv[1]}-{os.environ['RANK']}.pt")

@@ -161,6 +161,26 @@ class TestDegenerate:
             assert all(math.isfinite(v) for v in record.values() if isinstance(v, float))
             assert all(tensor.isfinite().all() for tensor in policy.state_dict().values())
 
+    @pytest.mark.parametrize("case", ["right", "wrong", "one token", "no candidates"])
+    def test_distrl_stays_finite(
+        self, world: TinyWorld, questions: list[str], case: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        value = {"right": 1.0, "wrong": 0.0}.get(case)
+        policy = TinyLearner(world.policy)
+        reward = world.verify if value is None else lambda *_: value
+        loop = Loop(policy, policy.engine, questions, reward, config=small(p_min=1.0 if "no" in case else 0.1))
+        if case == "one token":
+            whole = loop._rollouts()
+            short = replace(whole, answers=tuple(answer[:1] for answer in whole.answers))
+            loop._rollouts = lambda: short  # type: ignore[method-assign]
+        with caplog.at_level(logging.WARNING, "prmfast.distrl"):
+            (record,) = loop.run(1)
+        assert all(math.isfinite(v) for v in record.values() if isinstance(v, float))
+        assert all(tensor.isfinite().all() for tensor in policy.state_dict().values())
+        assert record["gradient_norm"] > 0 or "every advantage is 0" in caplog.text
+        if value is not None:
+            assert f"no group of 6 has outcomes that differ, all {value:g}: outcome part 0" in record["reasons"]
+
     def test_nothing_kept(self, world: TinyWorld, questions: list[str]) -> None:
         policy = TinyLearner(world.policy)
         loop = Loop(policy, policy.engine, questions, lambda *_: 1.0, config=small(mixed_only=True))

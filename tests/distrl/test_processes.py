@@ -11,7 +11,7 @@ import torch
 from prmfast._threads import one_thread
 from prmfast.distrl import Loop, LoopConfig
 from prmfast.tiny import TinyLearner, TinyWorld
-from tests.distrl.processes import finish, loops, start
+from tests.distrl.processes import finish, loops, start, trained
 
 
 @pytest.mark.slow
@@ -39,6 +39,24 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         for a, b in zip(two[0][name]["weights"], two[1][name]["weights"], strict=True):
             assert torch.equal(a, b), name
     assert (tmp_path / "checkpoint" / "distrl.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_trl_trainer_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are split between the processes; an update is made of two accumulated micro-batches there, of one here."""
+    pytest.importorskip("trl")
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    monkeypatch.setenv("CI", "true")
+    ranks = start("trl", tmp_path)
+    with one_thread():
+        one = trained(tmp_path / "one", per_device=12, accumulation=1)
+    finish(ranks)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"trl-{rank}.pt")
+        torch.testing.assert_close(torch.tensor(two["log"]), torch.tensor(one["log"]), rtol=1e-4, atol=1e-5)
+        for mine, theirs in zip(two["weights"], one["weights"], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 def test_fewer_prompts_than_processes_are_refused() -> None:
