@@ -5,24 +5,27 @@ python -m benchmarks.prm_real ../shared/data --output results/prm_real.json --pl
 processbench, bigbench_mistake: F1 of the first error. game24_gpt4_cot (exact step labels): best-of-N and votes among
 100 stored answers. ipvrm_qwen3_0p6b_val: which of two answers to a question is right. The PRMs read text features
 (benchmarks/text_prm.py) and are weak; "step number" (later steps score lower) shows what knowing nothing gives.
+Every loss is trained anew from several seeds. Brackets hold the 95 % interval over questions (its bounds averaged over
+the seeds), and behind ± stands that of the mean over training seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.model_selection import GroupKFold
 
+from benchmarks.seeds import interval, mean_interval, run_seeds
 from benchmarks.text_prm import LOSSES, StepFeatures, TextPRM
 from prmfast._files import write_json
-from prmfast._progress import progress
 from prmfast.bench.machine import describe
 from prmfast.calibration.metrics import Terms, bootstrap
 from prmfast.calibration.plots import save
@@ -43,34 +46,27 @@ from prmfast.prm.data import read_rows
 BASELINE = "step number"
 FILES = ("processbench", "bigbench_mistake", "ipvrm_qwen3_0p6b_val", "game24_gpt4_cot")
 Scores = dict[str, list[list[float]]]
+Rows = list[dict[str, Any]]
 
 
 def out_of_fold(
-    chains: Sequence[Chain],
-    names: Sequence[str],
-    *,
-    folds: int,
-    seeds: int,
-    characters: bool,
-    advance: Callable[[], None],
+    chains: Sequence[Chain], names: Sequence[str], *, folds: int, seed: int, characters: bool = False
 ) -> Scores:
-    """Step scores of every chain by models that never saw its question; averaged over seeds."""
-    scores: Scores = {name: [[0.0] * len(chain.steps) for chain in chains] for name in names}
+    """Step scores of every chain by models that never saw its question."""
+    scores: Scores = {name: [[]] * len(chains) for name in names}
     groups = [chain.question_id for chain in chains]
     for train, test in GroupKFold(folds).split(groups, groups=groups):
         features = StepFeatures(characters=characters).fit([chains[i] for i in train])
         seen, unseen = (features.transform([chains[i] for i in rows]) for rows in (train, test))
         labels = [chains[i].step_labels() for i in train]
         for name in names:
-            for seed in range(seeds):
-                for i, found in zip(test, TextPRM(name, seed=seed).fit(seen, labels).scores(unseen), strict=True):
-                    scores[name][i] = [a + b / seeds for a, b in zip(scores[name][i], found, strict=True)]
-            advance()
+            for i, found in zip(test, TextPRM(name, seed=seed).fit(seen, labels).scores(unseen), strict=True):
+                scores[name][i] = found
     scores[BASELINE] = [[-float(i) for i in range(len(chain.steps))] for chain in chains]
     return scores
 
 
-def read_game24(path: Path) -> tuple[list[Chain], list[dict[str, Any]]]:
+def read_game24(path: Path) -> tuple[list[Chain], Rows]:
     """Chains whose first error is the first step after which 24 cannot be reached, and their rows."""
     chains, kept = [], []
     for row in read_rows(path):
@@ -123,7 +119,7 @@ def over_bce(chains: Sequence[Chain], scores: Scores, resamples: int) -> dict[st
     return found
 
 
-def pair_table(chains: Sequence[Chain], scores: Scores) -> list[dict[str, Any]]:
+def pair_table(chains: Sequence[Chain], scores: Scores) -> Rows:
     """Share of (right, wrong) pairs of answers to a question that the score puts in order, ties half."""
     table = []
     for name, steps in scores.items():
@@ -142,70 +138,77 @@ def pair_table(chains: Sequence[Chain], scores: Scores) -> list[dict[str, Any]]:
     return table
 
 
-def render(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """Any list of equal rows."""
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+@dataclass(frozen=True)
+class Settings:
+    """What a run over one file needs beside the seed; ``plots`` is a folder, of the first seed's curves."""
+
+    data: Path
+    losses: Sequence[str]
+    folds: int
+    resamples: int
+    largest_n: int
+    limit: int | None
+    plots: Path | None
+
+    def judged(self, name: str, seed: int) -> Rows:
+        """Trains with one seed and judges on one file."""
+        path = self.data / f"{name}.parquet"
+        if name == "game24_gpt4_cot":
+            return self._game24(path, seed)
+        if name == "ipvrm_qwen3_0p6b_val":
+            chains = read_outcomes(path)[: self.limit]
+            return pair_table(chains, out_of_fold(chains, self.losses, folds=self.folds, seed=seed))
+        return self._first_errors(path, seed)
+
+    def _first_errors(self, path: Path, seed: int) -> Rows:
+        chains = read_chains(path)[: self.limit]
+        scores = out_of_fold(chains, self.losses, folds=self.folds, seed=seed)
+        paired = over_bce(chains, scores, self.resamples)
+        if self.plots and seed == 0:
+            labels = [chain.first_error for chain in chains]
+            save(threshold_curves(scores, labels, title=path.stem), self.plots / f"{path.stem}.png")
+        return [
+            {"loss": loss, **row, "f1_over_bce": paired.get(loss) if row["subset"] == "all" else None}
+            for loss, steps in scores.items()
+            for row in first_error_table(steps, chains, resamples=self.resamples)
+        ]
+
+    def _game24(self, path: Path, seed: int) -> Rows:
+        chains, rows = read_game24(path)
+        chains, rows = chains[: self.limit], rows[: self.limit]
+        scores = out_of_fold(chains, self.losses, folds=self.folds, seed=seed, characters=True)
+        ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= self.largest_n]
+        found = selection_table(game24_pools(chains, rows, scores), ns, trials=20, resamples=self.resamples)
+        if self.plots and seed == 0:
+            kept = [row for row in found if not row["method"].startswith("vote")]
+            save(selection_curves(kept, title="Game of 24, GPT-4 answers"), self.plots / f"{path.stem}.png")
+        return found
+
+
+def shown(name: str, rows: Rows) -> Rows:
+    """The rows of a file's table that fit a console."""
+    if name == "game24_gpt4_cot":
+        return [row for row in rows if row["n"] in (1, rows[-1]["n"])]
+    return [row for row in rows if row.get("subset", "all") == "all"]
+
+
+def render(runs: Sequence[Rows], title: str) -> Table:
+    """Equal rows of every seed, in one table."""
+    table = Table(*runs[0][0], title=title)
+    for rows in zip(*runs, strict=True):
+        table.add_row(*(cell([row[key] for row in rows]) for key in rows[0]))
     return table
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-class Run:
-    """One file after another; `tables` holds what is done."""
-
-    def __init__(self, arguments: argparse.Namespace, console: Console, advance: Callable[[], None]) -> None:
-        self.arguments, self.console, self.advance = arguments, console, advance
-        self.names: list[str] = arguments.losses or list(LOSSES)
-        self.tables: dict[str, list[dict[str, Any]]] = {}
-
-    def file(self, name: str) -> None:
-        """Trains and judges on one file."""
-        if name == "game24_gpt4_cot":
-            self._game24(name)
-        elif name == "ipvrm_qwen3_0p6b_val":
-            chains = read_outcomes(self._path(name))[: self.arguments.limit]
-            self.tables[name] = pair_table(chains, self._scores(chains))
-            self.console.print(render(self.tables[name], f"{name}: pairs in order"))
-        else:
-            self._first_errors(name)
-
-    def _path(self, name: str) -> Path:
-        return Path(self.arguments.data) / f"{name}.parquet"
-
-    def _scores(self, chains: Sequence[Chain], *, characters: bool = False) -> Scores:
-        options = {"folds": self.arguments.folds, "seeds": self.arguments.seeds}
-        return out_of_fold(chains, self.names, characters=characters, advance=self.advance, **options)
-
-    def _first_errors(self, name: str) -> None:
-        chains = read_chains(self._path(name))[: self.arguments.limit]
-        scores = self._scores(chains)
-        paired = over_bce(chains, scores, self.arguments.resamples)
-        self.tables[name] = [
-            {"loss": loss, **row, "f1_over_bce": paired.get(loss) if row["subset"] == "all" else None}
-            for loss, steps in scores.items()
-            for row in first_error_table(steps, chains, resamples=self.arguments.resamples)
-        ]
-        self.console.print(render([row for row in self.tables[name] if row["subset"] == "all"], name))
-        if self.arguments.plots:
-            labels = [chain.first_error for chain in chains]
-            save(threshold_curves(scores, labels, title=name), self.arguments.plots / f"{name}.png")
-
-    def _game24(self, name: str) -> None:
-        chains, rows = (found[: self.arguments.limit] for found in read_game24(self._path(name)))
-        pools = game24_pools(chains, rows, self._scores(chains, characters=True))
-        ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= self.arguments.largest_n]
-        found = selection_table(pools, ns, trials=20, resamples=self.arguments.resamples)
-        self.tables[name] = found
-        self.console.print(render([row for row in found if row["n"] in (1, ns[-1])], f"{name}: best of n"))
-        if self.arguments.plots:
-            kept = [row for row in found if not row["method"].startswith("vote")]
-            save(selection_curves(kept, title="Game of 24, GPT-4 answers"), self.arguments.plots / f"{name}.png")
+def cell(values: Sequence[Any]) -> str:
+    """One number of every seed: its mean, its interval over questions if it has one, and that over seeds."""
+    if values[0] is None or isinstance(values[0], (str, int)):
+        return "-" if values[0] is None else str(values[0])
+    if isinstance(values[0], float):
+        return interval(values)
+    value, low, high = np.mean([tuple(one) for one in values], axis=0)
+    over = f" ± {mean_interval([one[0] for one in values])[1]:.3f}" if len(values) > 1 else ""
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]{over}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -214,23 +217,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--files", nargs="+", choices=FILES, default=FILES)
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), help="default: all")
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=1, help="fits per fold and loss; their scores are averaged")
+    parser.add_argument("--seeds", type=int, default=3, help="of the training of every loss")
+    parser.add_argument("--jobs", type=int, help="processes that share the seeds; default: one per core")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--largest-n", type=int, default=64)
     parser.add_argument("--limit", type=int, help="only the first chains of each file")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--plots", type=Path, help="folder of PNG files")
-    parser.add_argument("--output", type=Path, help="JSON with everything the tables show; written after each file")
+    parser.add_argument("--output", type=Path, help="JSON with every seed's tables; written after each file")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    settings = {"folds": arguments.folds, "seeds": arguments.seeds, "limit": arguments.limit, "machine": describe()}
-    steps = len(arguments.files) * arguments.folds * len(arguments.losses or LOSSES)
-    with progress(steps, "out of fold", enabled=not arguments.quiet) as bar:
-        run = Run(arguments, Console(width=180), bar.advance)
-        for name in arguments.files:
-            run.file(name)
-            if arguments.output is not None:
-                write_json(arguments.output, {**settings, "tables": run.tables})
+    names = ("data", "folds", "resamples", "largest_n", "limit", "plots")
+    settings = Settings(losses=arguments.losses or list(LOSSES), **{name: getattr(arguments, name) for name in names})
+    about = {"folds": arguments.folds, "seeds": arguments.seeds, "limit": arguments.limit, "machine": describe()}
+    tables: dict[str, list[Rows]] = {}
+    seconds, console = 0.0, Console(width=200)
+    for name in arguments.files:
+        runs = run_seeds(
+            partial(settings.judged, name),
+            range(arguments.seeds),
+            jobs=arguments.jobs,
+            description=name,
+            show_progress=not arguments.quiet,
+        )
+        tables[name], seconds = runs.results, seconds + runs.cpu_seconds
+        console.print(render([shown(name, rows) for rows in runs.results], name))
+        if arguments.output is not None:
+            write_json(arguments.output, {**about, "cpu_seconds": seconds, "tables": tables})
+    console.print(f"{seconds:.0f} CPU seconds", highlight=False)
 
 
 if __name__ == "__main__":

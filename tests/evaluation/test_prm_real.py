@@ -62,11 +62,18 @@ def test_the_run(shared_data: Path, tmp_path: Path) -> None:
 
     files = ["--output", str(tmp_path / "r.json"), "--plots", str(tmp_path)]
     small = ["--folds", "2", "--limit", "120", "--resamples", "20", "--largest-n", "2", "--losses", "BCE", "PQM"]
-    main([str(shared_data), *small, *files, "--quiet"])
-    tables = json.loads((tmp_path / "r.json").read_text())["tables"]
+    main([str(shared_data), *small, *files, "--seeds", "1", "--quiet"])
+    tables = {name: runs[0] for name, runs in json.loads((tmp_path / "r.json").read_text())["tables"].items()}
     assert set(tables) == set(FILES)
     losses = {row["loss"] for row in tables["processbench"]}
     assert losses == {row["loss"] for row in tables["ipvrm_qwen3_0p6b_val"]} == {"BCE", "PQM", "step number"}
     assert {row["n"] for row in tables["game24_gpt4_cot"]} == {1, 2}
     for name in ("processbench.png", "bigbench_mistake.png", "game24_gpt4_cot.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    two = ["--files", "processbench", "--seeds", "2", "--jobs", "1", "--output", str(tmp_path / "two.json")]
+    main([str(shared_data), *small, *two, "--quiet"])
+    first, second = json.loads((tmp_path / "two.json").read_text())["tables"]["processbench"]
+    assert first == tables["processbench"]
+    f1 = [{row["loss"]: row["f1"] for row in rows if row["subset"] == "all"} for rows in (first, second)]
+    assert f1[0]["step number"] == f1[1]["step number"]  # what is not trained has no seed
+    assert f1[0]["BCE"] != f1[1]["BCE"]
