@@ -243,6 +243,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "vllm_cpu": vllm_cpu,
     "beam_search_tiny": beam_search_tiny,
     "labels_tiny": labels_tiny,
+    "implicit_tiny": implicit_tiny,
 }
 
 
