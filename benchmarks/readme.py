@@ -290,6 +290,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "vllm_cpu": vllm_cpu,
     "beam_search_tiny": beam_search_tiny,
     "labels_tiny": labels_tiny,
+    "implicit_tiny": implicit_tiny,
     "ranking_tiny": ranking_tiny,
     "distrl_tiny": distrl_tiny,
     "distrl_cost": distrl_cost,
