@@ -112,7 +112,7 @@ class DistRLTrainer(GRPOTrainer):  # type: ignore[misc]
         training = self.model.training
         mask = output["completion_mask"].bool()
         if "tool_mask" in output:
-            mask &= output["tool_mask"].bool()
+            mask = mask & output["tool_mask"].bool()
         batch = self._batch(output, mask, self.num_generations if training else self.num_generations_eval)
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         rows, lengths = range(len(mask)), [range(n) for n in batch.offsets.diff().tolist()]
@@ -189,7 +189,7 @@ class DistRLTrainer(GRPOTrainer):  # type: ignore[misc]
             return loss
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
-            mask &= inputs["tool_mask"].bool()
+            mask = mask & inputs["tool_mask"].bool()
         counts = mask.sum(1)
         offsets, candidates = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), concat_rows(inputs["candidates"])
         with torch.autocast(mask.device.type, enabled=False):
