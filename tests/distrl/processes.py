@@ -91,7 +91,8 @@ def trained(folder: Path, per_device: int, accumulation: int) -> dict[str, Any]:
         rollout_func=answers,
     )
     run.train()
-    names = ("loss", "grad_norm", "distrl/rm_loss", "distrl/sigma_v", "distrl/dist_mass", "distrl/dist_clip_fraction")
+    # Those of Dist-PPO are means over micro-batches, as all that TRL logs of a loss: they depend on how a batch is cut.
+    names = ("loss", "grad_norm", "distrl/rm_loss", "distrl/sigma_v", "distrl/rm_score", "distrl/rm_gradient_norm")
     models = (run.accelerator.unwrap_model(run.model), run.reward_model)
     return {
         "log": [[entry[name] for name in names] for entry in run.state.log_history if "loss" in entry],
