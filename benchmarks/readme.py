@@ -299,8 +299,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def filled(text: str) -> str:
     """The README with every marked block replaced by its table."""
-    for name, make in TABLES.items():
-        block = make(json.loads((RESULTS / f"{name}.json").read_text()))
+    for name in re.findall(r"<!-- begin (\w+) -->\n", text):
+        block = TABLES[name](json.loads((RESULTS / f"{name}.json").read_text()))
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         text, count = re.subn(pattern, lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
