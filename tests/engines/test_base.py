@@ -9,7 +9,7 @@ import prmfast.engines as engines
 
 
 def test_public_names() -> None:
-    protocols = {"Engine", "StreamingEngine", "AsyncEngine", "Scorer", "Judge", "AsyncJudge", "Verifier"}
+    protocols = {"Engine", "StreamingEngine", "AsyncEngine", "Scorer", "StepScorer", "Judge", "AsyncJudge", "Verifier"}
     values = {"Completion", "EngineStats", "StepScores"}
     adapters = {"TransformersEngine", "VLLMEngine", "AsyncVLLMEngine", "QueuedEngine", "AsyncFromStreaming"}
     assert set(engines.__all__) == protocols | values | adapters
