@@ -165,9 +165,10 @@ class Loop:
             with phases("advantages"):
                 reward = None if self.reward_model is None else self._outputs(self.reward_model, kept)
                 advantages, old_logp, found = step_advantages(batch, old, base, reward, self.config)
+            states = old.states if old.weight is not None else None
             del old, base, reward
             with phases("policy"):
-                record |= self._update_policy(kept, batch, advantages, old_logp)
+                record |= self._update_policy(kept, batch, advantages, old_logp, states)
             reasons += advantages.reasons
             record |= found
         else:
@@ -225,18 +226,24 @@ class Loop:
         record["rm_loss"], _ = self._descend("reward", self.reward_model, own, loss_of)
         return record
 
-    def _update_policy(self, own: Rollouts, batch: Batch, advantages: Advantages, old_logp: Tensor) -> dict[str, float]:
+    def _update_policy(
+        self, own: Rollouts, batch: Batch, advantages: Advantages, old_logp: Tensor, states: Tensor | None
+    ) -> dict[str, float]:
+        """``states``: hidden states of the policy that ``old_logp`` is of. Where the first update finds them again, bit
+        by bit (no dropout), its log-sum-exp is known and is not computed again.
+        """
         record: dict[str, float] = {}
 
-        def loss_of(theta: Outputs) -> Tensor:
+        def loss_of(theta: Outputs, first: bool) -> Tensor:
             rule, temperature = self.config.loss, self.config.temperature
-            at = partial(theta.loss, sampled=batch.ids, old_logp=old_logp, offsets=batch.offsets)
+            same = first and states is not None and torch.equal(theta.states, states)
+            at = partial(theta.loss, sampled=batch.ids, old_logp=old_logp, offsets=batch.offsets, on_policy=same)
             loss, found = policy_loss(at(advantages, rule=rule, temperature=temperature), batch, self.config)
             record.update(found)
             return loss
 
-        for _ in range(self.config.updates):
-            _, norm = self._descend("policy", self.policy, own, loss_of)
+        for i in range(self.config.updates):
+            _, norm = self._descend("policy", self.policy, own, partial(loss_of, first=i == 0))
         return record | {"gradient_norm": norm}
 
     def _descend(

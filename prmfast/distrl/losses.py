@@ -210,6 +210,7 @@ def distrl_loss(
     offsets: Tensor | None = None,
     rule: LossRule | None = None,
     temperature: float = 1.0,
+    on_policy: bool = False,
     backend: str = "auto",
 ) -> DistRLLoss:
     """Equals ``L_tok + alpha * L_dist``, [V] eq. 14: `tok_ppo_loss` of sampled tokens, Dist-PPO of candidates.
@@ -227,6 +228,8 @@ def distrl_loss(
         offsets: int64 [S + 1] of packed sequences.
         rule: `LossRule`; default ``LossRule.paper()``.
         temperature: > 0, divides the logits.
+        on_policy: promises that old_logp is what these logits give, as in the first update after sampling. It then
+            tells their log-sum-exp, and no pass over the vocabulary is made forward.
         backend: of the room dist_ppo.
 
     Returns:
@@ -244,8 +247,9 @@ def distrl_loss(
         raise ValueError(f"{op}: logits must have shape {(*where.shape, 'V')} like sampled, got {tuple(logits.shape)}")
     columns = logits.shape[-1]
     tokens = _tokens(op, advantages, sampled, old_logp, where, columns)
-    entries = tokens.entries(where, columns)
-    logp = entry_logprob(logits.reshape(-1, columns), *entries, temperature=temperature, backend=backend)
+    entries, table = tokens.entries(where, columns), logits.reshape(-1, columns)
+    lse = tokens.normalizer(where, table[where.place, tokens.ids], temperature) if on_policy else None
+    logp = entry_logprob(table, *entries, temperature=temperature, backend=backend, lse=lse)
     return _total(logp, tokens, where, rule or LossRule(), logits.dtype)
 
 
@@ -259,6 +263,7 @@ def linear_distrl_loss(
     offsets: Tensor,
     rule: LossRule | None = None,
     temperature: float = 1.0,
+    on_policy: bool = False,
     backend: str = "auto",
 ) -> DistRLLoss:
     """Equals ``distrl_loss(hidden @ weight.T, ...)`` without the [N, V] logits or their gradient.
@@ -272,6 +277,7 @@ def linear_distrl_loss(
         offsets: int64 [S + 1].
         rule: `LossRule`; default ``LossRule.paper()``.
         temperature: > 0.
+        on_policy: as in `distrl_loss`.
         backend: of the room dist_ppo.
 
     Returns:
@@ -287,7 +293,11 @@ def linear_distrl_loss(
         raise ValueError(f"{op}: hidden must have {where.rows} rows like sampled, got {len(hidden)}")
     tokens = _tokens(op, advantages, sampled, old_logp, where, len(weight))
     starts, ids = tokens.entries(where, len(weight))
-    logp = linear_entry_logprob(hidden, weight, starts, token_ids=ids, temperature=temperature, backend=backend)
+    options: dict[str, Any] = {"temperature": temperature, "backend": backend}
+    if on_policy:
+        at = (hidden.detach()[where.place].double() * weight.detach()[tokens.ids].double()).sum(1)
+        options["lse"] = tokens.normalizer(where, at, temperature)
+    logp = linear_entry_logprob(hidden, weight, starts, token_ids=ids, **options)
     return _total(logp, tokens, where, rule or LossRule(), hidden.dtype)
 
 
@@ -349,6 +359,11 @@ class _Tokens:
         entries, self.place = torch.cat(keys).unique(return_inverse=True)
         counts = torch.bincount(entries // max(columns, 1), minlength=where.rows)
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), entries % max(columns, 1)
+
+    def normalizer(self, where: Layout, logits: Tensor, temperature: float) -> Tensor:
+        """Log-sum-exp of all rows, 0 at padding, if ``old_logp`` is that of the sampled tokens' ``logits`` [N]."""
+        lse = self.old_logp.new_zeros(where.rows)
+        return lse.index_copy_(0, where.place, logits.detach().double() / temperature - self.old_logp)
 
 
 def _tokens(op: str, advantages: Advantages, sampled: Tensor, old_logp: Tensor, where: Layout, columns: int) -> _Tokens:

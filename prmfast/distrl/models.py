@@ -71,6 +71,7 @@ class Outputs:
         offsets: Tensor,
         rule: LossRule,
         temperature: float = 1.0,
+        on_policy: bool = False,
     ) -> DistRLLoss:
         """`distrl_loss` or `linear_distrl_loss` of these distributions."""
         of = distrl_loss if self.weight is None else partial(linear_distrl_loss, weight=self.weight)
@@ -82,6 +83,7 @@ class Outputs:
             offsets=offsets,
             rule=rule,
             temperature=temperature,
+            on_policy=on_policy,
         )
 
     def dist_loss(

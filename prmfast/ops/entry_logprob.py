@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prmfast.kernels.candidate_td.candidates import Candidates
 from prmfast.kernels.dist_ppo.reference import entry_rows
 from prmfast.ops._contract import Check
-from prmfast.ops._dist_ppo_checks import check_layer
+from prmfast.ops._dist_ppo_checks import check_all, check_layer, check_rows
 
 _Derivative = tuple[Tensor | None, ...]
 
@@ -29,10 +30,17 @@ def _neutral(offsets: Tensor, token_ids: Tensor) -> list[Tensor]:
 class _Entries(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, offsets: Tensor, token_ids: Tensor, temperature: float, backend: str
+        ctx: Any,
+        logits: Tensor,
+        offsets: Tensor,
+        token_ids: Tensor,
+        temperature: float,
+        backend: str,
+        lse: Tensor | None,
     ) -> Tensor:
-        rule = [0.0, 0.0, 2.0, temperature]
-        _, lse, _ = torch.ops.prmfast.dist_ppo(logits, _neutral(offsets, token_ids), None, rule, backend)
+        if lse is None:
+            rule = [0.0, 0.0, 2.0, temperature]
+            _, lse, _ = torch.ops.prmfast.dist_ppo(logits, _neutral(offsets, token_ids), None, rule, backend)
         ctx.save_for_backward(logits, offsets, token_ids, lse)
         ctx.temperature, ctx.backend = temperature, backend
         rows = entry_rows(offsets)
@@ -46,7 +54,7 @@ class _Entries(torch.autograd.Function):
         out = torch.ops.prmfast.dist_ppo_backward(
             grad.new_ones(()), logits, *state, grad.contiguous(), ctx.temperature, ctx.backend
         )
-        return out, None, None, None, None
+        return out, None, None, None, None, None
 
 
 class _LinearEntries(torch.autograd.Function):
@@ -59,9 +67,11 @@ class _LinearEntries(torch.autograd.Function):
         token_ids: Tensor,
         temperature: float,
         backend: str,
+        lse: Tensor | None,
     ) -> Tensor:
-        rule = [0.0, 0.0, 2.0, temperature]
-        _, lse, _ = torch.ops.prmfast.linear_dist_ppo(hidden, weight, _neutral(offsets, token_ids), None, rule, backend)
+        if lse is None:
+            rule, entries = [0.0, 0.0, 2.0, temperature], _neutral(offsets, token_ids)
+            _, lse, _ = torch.ops.prmfast.linear_dist_ppo(hidden, weight, entries, None, rule, backend)
         ctx.save_for_backward(hidden, weight, offsets, token_ids, lse)
         ctx.temperature, ctx.backend = temperature, backend
         rows = entry_rows(offsets)
@@ -75,7 +85,7 @@ class _LinearEntries(torch.autograd.Function):
         d_hidden, d_weight = torch.ops.prmfast.linear_dist_ppo_backward(
             grad.new_ones(()), *ctx.saved_tensors, grad.contiguous(), ctx.temperature, wanted, ctx.backend
         )
-        return d_hidden if wanted[0] else None, d_weight if wanted[1] else None, None, None, None, None
+        return d_hidden if wanted[0] else None, d_weight if wanted[1] else None, None, None, None, None, None
 
 
 def _check_temperature(check: Check, temperature: float) -> float:
@@ -91,8 +101,25 @@ def _check_entries(check: Check, like: Tensor, offsets: Tensor, token_ids: Tenso
     check.tensor("token_ids", token_ids, ndim=1, dtypes=(torch.int64,))
 
 
+def _check_lse(check: Check, lse: Tensor, *, like: Tensor, vocabulary: int, offsets: Tensor, ids: Tensor) -> Tensor:
+    """As the forward pass of the room would have left it: everything checked, 0 in rows without entries."""
+    check.tensor("lse", lse, ndim=1, dtypes=(torch.float64,))
+    check.shape("lse", lse, (like.shape[0],))
+    check.same_device("the logits", like, lse=lse)
+    check_all(check, Candidates(*_neutral(offsets, ids)), None, like=like, vocabulary=vocabulary)
+    known = lse.detach().masked_fill(offsets.diff() == 0, 0.0)
+    check_rows(check, known)
+    return known
+
+
 def entry_logprob(
-    logits: Tensor, offsets: Tensor, token_ids: Tensor, *, temperature: float = 1.0, backend: str = "auto"
+    logits: Tensor,
+    offsets: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Equals ``log_softmax(logits / temperature, 1)[rows, token_ids]``, rows = the CSR row of every entry.
 
@@ -104,6 +131,8 @@ def entry_logprob(
         token_ids: int64 [nnz], increasing within a row.
         temperature: > 0.
         backend: of the room dist_ppo.
+        lse: float64 [T], log-sum-exp of the rows of ``logits / temperature``, where it is known: no pass over the
+            vocabulary is made forward. Finite in rows with entries; taken as it is, and differentiated as what it is.
 
     Returns:
         float64 [nnz]. Differentiable once, in the logits.
@@ -114,8 +143,11 @@ def entry_logprob(
     check = Check("entry_logprob")
     check.tensor("logits", logits, ndim=2)
     _check_entries(check, logits, offsets, token_ids)
+    temperature = _check_temperature(check, temperature)
+    if lse is not None:
+        lse = _check_lse(check, lse, like=logits, vocabulary=logits.shape[1], offsets=offsets, ids=token_ids)
     found: Tensor = _Entries.apply(  # type: ignore[no-untyped-call]
-        logits, offsets, token_ids, _check_temperature(check, temperature), backend
+        logits, offsets, token_ids, temperature, backend, lse
     )
     return found
 
@@ -128,6 +160,7 @@ def linear_entry_logprob(
     token_ids: Tensor,
     temperature: float = 1.0,
     backend: str = "auto",
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Equals ``entry_logprob(hidden @ weight.T, offsets, token_ids)`` without the [T, V] logits or their gradient.
 
@@ -138,6 +171,7 @@ def linear_entry_logprob(
         token_ids: as in `entry_logprob`.
         temperature: > 0.
         backend: of the room dist_ppo.
+        lse: as in `entry_logprob`.
 
     Returns:
         float64 [nnz]. Differentiable once, in hidden and weight.
@@ -149,7 +183,9 @@ def linear_entry_logprob(
     check_layer(check, hidden, weight)
     _check_entries(check, hidden, offsets, token_ids)
     temperature = _check_temperature(check, temperature)
+    if lse is not None:
+        lse = _check_lse(check, lse, like=hidden, vocabulary=len(weight), offsets=offsets, ids=token_ids)
     found: Tensor = _LinearEntries.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, offsets, token_ids, temperature, backend
+        hidden, weight, offsets, token_ids, temperature, backend, lse
     )
     return found

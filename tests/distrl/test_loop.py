@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prmfast._threads import one_thread
 from prmfast.distrl import HuggingFaceModel, LanguageModel, Loop, LoopConfig, LossRule
+from prmfast.distrl.models import Outputs
 from prmfast.distrl.phases import Phases
 from prmfast.distrl.rollouts import Rollouts, choose, draw
 from prmfast.engines import TransformersEngine
@@ -299,6 +300,42 @@ class TestModels:
         record = loop.run(1)[-1]
         assert math.isfinite(record["loss"])
         assert not torch.equal(before, model.state_dict()["model.norm.weight"])
+
+    def test_the_first_update_takes_a_normalizer_that_is_known(
+        self, world: TinyWorld, questions: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Known where the hidden states are those of sampling, bit by bit: in the first update, not with dropout."""
+        transformers = pytest.importorskip("transformers")
+        short = [question for question in questions if question.split()[5] == "_"]
+        config, told = small(prompts=2, samples=3, updates=2), list[bool]()
+        loss = Outputs.loss
+
+        def listened(self: Outputs, *arguments: Any, on_policy: bool, **options: Any) -> Any:
+            told.append(on_policy)
+            return loss(self, *arguments, on_policy=on_policy and use, **options)
+
+        monkeypatch.setattr(Outputs, "loss", listened)
+
+        def record(dropout: float = 0.0) -> dict[str, Any]:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                TinyWorld.policy_directory(), attention_dropout=dropout
+            )
+            model.train()
+            engine = TransformersEngine(model, world.tokenizer(), max_new_tokens=12)
+            model.train()
+            loop = Loop(HuggingFaceModel(model, world.tokenizer()), lambda: engine, short, world.verify, config=config)
+            return numbers(loop.run(1)[-1])
+
+        use = True
+        taken = record()
+        use = False
+        computed = record()
+        assert told == [True, False] * 2
+        for name, value in computed.items():
+            assert taken[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        told.clear()
+        record(dropout=0.1)
+        assert told == [False, False]
 
     def test_learner_is_what_the_decoder_samples_from(self, world: TinyWorld, questions: list[str]) -> None:
         learner = TinyLearner(world.policy)

@@ -191,6 +191,30 @@ def test_linear_form_equals_the_logits_form(rule: LossRule, dtype: torch.dtype) 
         linear_distrl_loss(hidden, layer[:, 1:], update.advantages, **where)
 
 
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_on_policy_needs_no_forward_pass(rule: LossRule, dtype: torch.dtype) -> None:
+    update = Update([4, 0, 9, 1], drift=0.0, dtype=dtype)
+    rtol = 1e-10 if dtype == torch.float64 else 1e-5
+    expected, wanted = update.loss(rule)
+    found, grad = update.loss(rule, on_policy=True)
+    assert found.metrics() == pytest.approx(expected.metrics(), rel=rtol, abs=rtol)
+    torch.testing.assert_close(grad, wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+    logits, advantages, where = update.padded(9)
+    padded = distrl_loss(logits, advantages, rule=rule, on_policy=True, **where)
+    assert padded.metrics() == pytest.approx(expected.metrics(), rel=rtol, abs=rtol)
+    hidden, layer = update.logits.clone().requires_grad_(), torch.eye(COLUMNS, dtype=dtype, requires_grad=True)
+    options = {"sampled": update.sampled, "old_logp": update.old_logp, "offsets": update.offsets, "rule": rule}
+    linear = linear_distrl_loss(hidden, layer, update.advantages, on_policy=True, **options)
+    assert linear.metrics() == pytest.approx(expected.metrics(), rel=rtol, abs=rtol)
+    own = torch.autograd.grad(linear.loss, (hidden, layer))
+    for mine, other in zip(own, (wanted, wanted.T @ update.logits), strict=True):
+        torch.testing.assert_close(mine, other, rtol=rtol, atol=rtol * float(other.abs().max()))
+    moved, _ = Update([4, 0, 9, 1], dtype=dtype).loss(rule, on_policy=True)
+    unmoved = expected.metrics()["tok_loss"]
+    assert moved.metrics()["tok_loss"] == pytest.approx(unmoved, rel=1e-5)  # old_logp is taken at its word
+
+
 def test_order_of_the_batch_is_irrelevant() -> None:
     update = Update([4, 9, 1, 6])
     logits, advantages, where = update.padded(9)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +75,41 @@ def test_linear_form(backend: str, dtype: torch.dtype) -> None:
         grads, wanted = (torch.autograd.grad((scale * x).sum(), inputs, retain_graph=True) for x in (found, expected))
         for own, other in zip(grads, wanted, strict=True):
             torch.testing.assert_close(own, other, rtol=step, atol=step * float(other.abs().max()))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_known_normalizer_saves_the_forward_pass(backend: str, dtype: torch.dtype) -> None:
+    device = device_of(backend)
+    logits, offsets, ids = case(7, 33, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 16, generator=generator, dtype=torch.float64).to(device, dtype) for n in (7, 33))
+    scale = torch.linspace(-1, 1, len(ids), dtype=torch.float64, device=device)
+    step = 1e-12 if dtype == torch.float64 else 1e-5
+    rows = offsets.diff() > 0
+    forms: list[tuple[tuple[Tensor, ...], Any]] = [
+        ((logits,), entry_logprob),
+        ((hidden, weight), linear_entry_logprob),
+    ]
+    for inputs, of in forms:
+        leaves = [t.requires_grad_() for t in inputs]
+        table = (leaves[0] if len(leaves) == 1 else hidden.double() @ weight.double().T).detach().double()
+        lse = (table / 0.7).logsumexp(1)  # NaN in a row that has no entries
+        op = partial(of, *leaves, offsets=offsets, token_ids=ids, temperature=0.7, backend=backend)
+        found, expected = op(lse=lse), op()
+        torch.testing.assert_close(found, expected, rtol=step, atol=step)
+        grads, wanted = (torch.autograd.grad((scale * x).sum(), leaves) for x in (found, expected))
+        for own, other in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(own, other, rtol=step, atol=step * float(other.abs().max()))
+        torch.testing.assert_close(op(lse=lse + 1), expected - 1, rtol=step, atol=step)  # it is not computed again
+        with pytest.raises(ValueError, match=r"lse must have shape \(7,\), got \(6,\)"):
+            op(lse=lse[1:])
+        with pytest.raises(TypeError, match="lse must have dtype float64, got float32"):
+            op(lse=lse.float())
+        with pytest.raises(ValueError, match=f"such a row: row {int(rows.nonzero()[0])}"):
+            op(lse=torch.full_like(lse, torch.nan))
+        with pytest.raises(ValueError, match="token_ids must be >= 0 and < V = 33"):
+            op(token_ids=ids + 33, lse=lse)
 
 
 def test_gradcheck() -> None:
