@@ -7,9 +7,10 @@ answers with AdamW; the answers are at hand when a step begins. Plain: the logit
 [B, T, V], gather, mask; once for log pi_old, once for the update. "plain, answers": the same with logits of the
 answers' positions alone. Ours: `Loop` as `LoopConfig.distrl_ipvrm` (with its reward model's update) and
 `LoopConfig.grpo`. Two batches: answers of 16 to 48 tokens, as policies give them, and answers of 48 tokens each,
-where nothing is padded. Each method runs in a process of its own; a warm-up step, then the median. Memory is the peak
-of that process beyond what was resident before the models were made (on a GPU what torch held): weights, optimizers,
-step. Runs on a GPU with ``--device cuda``.
+where nothing is padded. The methods take turns, in rounds, each time in a process of its own: a warm-up step, then the
+median of some. A ratio is of one round's; the median over rounds is given, with the smallest and the largest. Memory is
+the peak of a process beyond what was resident before the models were made (on a GPU what torch held): weights,
+optimizers, step. Runs on a GPU with ``--device cuda``.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Sizes:
     prompt: int = 16
     shortest: int = 16
     longest: int = 48
-    steps: int = 3
+    steps: int = 2
 
 
 class Batch:
@@ -199,14 +200,33 @@ def measured(method: str, sizes: Sizes, device: str, threads: int) -> dict[str, 
     return report
 
 
+def merged(rounds: Sequence[Sequence[dict[str, Any]]], title: str) -> list[dict[str, Any]]:
+    """A row per method from those of every round, whose first is the plain one's."""
+    rows = []
+    for mine in zip(*rounds, strict=True):
+        ratios = [row["seconds"] / found[0]["seconds"] for row, found in zip(mine, rounds, strict=True)]
+        numbers = {key: [row[key] for row in mine] for key, value in mine[0].items() if isinstance(value, float)}
+        row: dict[str, Any] = {
+            "method": mine[0]["method"],
+            "batch": title,
+            "tokens": mine[0]["tokens"],
+            "peak_mb": None,
+        }
+        row |= {key: max(of) if key.startswith("peak_mb") else statistics.median(of) for key, of in numbers.items()}
+        row |= {"time_ratio": statistics.median(ratios), "time_ratio_range": [min(ratios), max(ratios)]}
+        rows.append(row)
+    for row in rows:
+        row["memory_ratio"] = None if row["peak_mb"] is None else row["peak_mb"] / rows[0]["peak_mb"]
+    return rows
+
+
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     for title in dict.fromkeys(row["batch"] for row in rows):
         table = Table(title=f"one step, {title}: seconds and MB at the peak")
         for name in ("method", "seconds", "CPU s", *PHASES, "peak MB", "time / plain", "memory / plain"):
             table.add_column(name, justify="left" if name == "method" else "right")
-        some = [row for row in rows if row["batch"] == title]
-        plain = next(row for row in some if row["method"] == PLAIN)
-        for row in some:
+        for row in (row for row in rows if row["batch"] == title):
+            low, high = row["time_ratio_range"]
             split = [
                 f"{row[f'seconds/{phase}']:.2f}"
                 + (f" · {row[peak]:.0f}" if (peak := f"peak_mb/{phase}") in row else "")
@@ -221,7 +241,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
                 f"{row['cpu_seconds']:.2f}",
                 *split,
                 memory[0],
-                f"{row['seconds'] / plain['seconds']:.2f}",
+                f"{row['time_ratio']:.2f} [{low:.2f}, {high:.2f}]",
                 memory[1],
             )
         console.print(table)
@@ -232,30 +252,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=Sizes.vocabulary)
-    parser.add_argument("--steps", type=int, default=Sizes.steps)
+    parser.add_argument("--steps", type=int, default=Sizes.steps, help="of a method in a round, beside a warm-up step")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args(arguments)
     machine, load = describe(("prmfast", "torch", "transformers")), os.getloadavg()[0]
     rows = []
     spawn = multiprocessing.get_context("spawn")
-    with progress(len(BATCHES) * len(METHODS), "methods") as bar:
+    with progress(parsed.rounds * len(BATCHES) * len(METHODS), "methods") as bar:
         for title, (shortest, longest) in BATCHES.items():
             sizes = Sizes(parsed.vocabulary, shortest=shortest, longest=longest, steps=parsed.steps)
-            some = []
-            for method in METHODS:
-                with ProcessPoolExecutor(1, spawn) as pool:
-                    some.append(pool.submit(measured, method, sizes, parsed.device, parsed.threads).result())
-                bar.advance()
-            plain = some[0]
-            for row in some:
-                row |= {"batch": title, "time_ratio": row["seconds"] / plain["seconds"]}
-                row["memory_ratio"] = None if row["peak_mb"] is None else row["peak_mb"] / plain["peak_mb"]
-            rows += some
+            rounds = []
+            for _ in range(parsed.rounds):
+                found = []
+                for method in METHODS:
+                    with ProcessPoolExecutor(1, spawn) as pool:
+                        found.append(pool.submit(measured, method, sizes, parsed.device, parsed.threads).result())
+                    bar.advance()
+                rounds.append(found)
+            rows += merged(rounds, title)
     console = wide_console()
     show(rows, console)
     if parsed.output is not None:
         report = {"machine": machine, "device": parsed.device, "threads": parsed.threads, "load": load}
-        report |= {"vocabulary": parsed.vocabulary, "rows": rows}
+        report |= {"vocabulary": parsed.vocabulary, "rounds": parsed.rounds, "rows": rows}
         write_json(parsed.output, report)
         console.print(f"written: {parsed.output}", highlight=False)
 
