@@ -1,6 +1,6 @@
 """Labels on the embedded tiny world: hard against soft ones, and bisection against labelling every step.
 
-    python -m benchmarks.labels_tiny --output benchmarks/results/labels_tiny.json
+    python -m benchmarks.labels_tiny --output benchmarks/results/labels_tiny.json --plot labels_tiny.png
 
 Hard against soft: one PRM head per kind of label, trained on the same rollouts of the same answers (train split), its
 bias at the steps of unseen answers (test split) before and after calibration (calibration split). Bisection: the same
@@ -10,7 +10,7 @@ answers labelled both ways. Five seeds, mean and 95 % t-interval over seeds; thr
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.seeds import interval, run_seeds
+from benchmarks.seeds import interval, mean_interval, run_seeds
 from prmfast._files import write_json
 from prmfast.bench.machine import describe
 from prmfast.calibration import CalibrationData, Calibrator, CondOTCalibrator, IsotonicCalibrator, metrics
+from prmfast.calibration.plots import line_style, new_figure, save
 from prmfast.cli import wide_console
 from prmfast.pipeline import LabelSettings
 from prmfast.tiny import TinyWorld, TrainSettings, task
@@ -194,11 +195,41 @@ def show(hard: list[Any], search: list[Any], console: Console) -> None:
     console.print(table)
 
 
+def plot(hard: Sequence[Any], search: Sequence[Any], path: Path) -> None:
+    """Bias and error by kind of label, before and after calibration; the two searches by n. Bars: 95 % over seeds."""
+    figure, axes = new_figure(1, 3)
+    titles = {"bias": "bias of the score (mean minus k/n)", "mse": "mean squared distance to k/n"}
+    for axis, name in zip(axes, titles, strict=False):
+        for i, judge in enumerate(("score", *CALIBRATORS)):
+            cells = [mean_interval([run[kind][judge][name] for run in hard]) for kind in KINDS]
+            means, halves = (np.nan_to_num(part) for part in zip(*cells, strict=True))
+            place = np.arange(len(KINDS)) + 0.15 * (i - len(CALIBRATORS) / 2)
+            axis.errorbar(place, means, halves, linestyle="", elinewidth=0.6, label=judge, **line_style(i))
+        axis.axhline(0.0, color="black", linewidth=0.6)
+        axis.set_xticks(range(len(KINDS)), KINDS)
+        axis.set(ylabel=titles[name], title="steps of unseen answers")
+    axes[0].legend(fontsize=8, frameon=False)
+    for i, name in enumerate(
+        ("agree, wrong answers", "exhaustive = truth", "bisection = truth", "saved, wrong answers")
+    ):
+        cells = [mean_interval([run[str(n)][name] for run in search]) for n in TRIALS]
+        means, halves = (np.nan_to_num(part) for part in zip(*cells, strict=True))
+        place = np.array(TRIALS) * 2.0 ** (0.04 * (i - 1.5))  # bars side by side
+        label = "rollouts saved" if name.startswith("saved") else name.removesuffix(", wrong answers")
+        axes[2].errorbar(place, means, halves, linewidth=1.3, elinewidth=0.6, label=label, **line_style(i))
+    axes[2].set_xscale("log", base=2)
+    axes[2].set_xticks(TRIALS, [str(n) for n in TRIALS])
+    axes[2].set(xlabel="rollouts of a prefix", ylabel="share", ylim=(0, 1), title="first error of wrong answers")
+    axes[2].legend(fontsize=8, frameon=False)
+    save(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, help="processes that share the seeds; default: one per core")
     parser.add_argument("--output", type=Path, help="JSON with every seed's numbers")
+    parser.add_argument("--plot", type=Path, help="PNG of the tables")
     arguments = parser.parse_args()
     machine = describe()  # before the first run: the commit that it ran from
     runs = run_seeds(run_seed, range(arguments.seeds), jobs=arguments.jobs)
@@ -210,6 +241,9 @@ def main() -> None:
         report = {"machine": machine, "cpu_seconds": runs.cpu_seconds, "hard_and_soft": hard, "searches": search}
         write_json(arguments.output, report)
         console.print(f"written: {arguments.output}", highlight=False)
+    if arguments.plot is not None:
+        plot(hard, search, arguments.plot)
+        console.print(f"written: {arguments.plot}", highlight=False)
 
 
 if __name__ == "__main__":
