@@ -13,7 +13,7 @@ A prefix has two readings: the sum of its log-ratios (V_t, what Implicit PRM and
 (v_t, what IPVRM trains). Both are shown for every method; beta scales them and changes no number here. The policy's own
 log-likelihood, read the same two ways, is the untrained baseline.
 
-Five seeds, mean and 95 % t-interval over seeds; nine busy CPU minutes. Settings were chosen on seed 100 by answers to
+Five seeds, mean and 95 % t-interval over seeds; five CPU minutes. Settings were chosen on seed 100 by answers to
 questions of the calibration split (150 updates; mean of both pooled rank correlations, both F1 and BON@16): for each of
 the three losses the best of six, rate 3e-5, 1e-4 or 3e-4 times beta 10 or 30 (IPVRM, margin 5), 0.5 or 2 (the others);
 the three weightings of IPVRM share the setting that was best for uniform. A first look at rates of 1e-3 and 3e-3 was

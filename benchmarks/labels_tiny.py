@@ -4,7 +4,7 @@
 
 Hard against soft: one PRM head per kind of label, trained on the same rollouts of the same answers (train split), its
 bias at the steps of unseen answers (test split) before and after calibration (calibration split). Bisection: the same
-answers labelled both ways. Five seeds, mean and 95 % t-interval over seeds; three CPU minutes, six on a busy core.
+answers labelled both ways. Five seeds, mean and 95 % t-interval over seeds; four CPU minutes.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.calibration_synthetic import Cell, reference_rows
 from benchmarks.distrl_cost import PHASES as COST_PHASES
 from benchmarks.distrl_tiny_report import tables as distrl_tables
+from benchmarks.prm_real import cell as over_questions_and_seeds
 from benchmarks.seeds import interval as over_seeds
 from benchmarks.seeds import mean_interval
 from prmfast._files import write_text
@@ -215,7 +216,15 @@ def labels_tiny(result: dict[str, Any]) -> str:
         "rank correlation, raw",
         "rank correlation, CondOT",
     ]
-    return f"{len(seeds)} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(header, rows)
+    found = result["searches"]
+    columns = [name for name in found[0]["4"] if not name.startswith("rollouts")]
+    searches = [[n, *(over_seeds([seed[n][name] for seed in found], 2) for name in columns)] for n in found[0]]
+    search_header = ["rollouts of a prefix", *(name.replace("saved", "rollouts saved") for name in columns)]
+    return (
+        f"{len(seeds)} seeds, mean ± 95 %; {machine(result)}.\n\n{markdown(header, rows)}\n\n"
+        f"First errors by bisection beside rollouts of every step; truth: 64 fresh rollouts.\n\n"
+        + markdown(search_header, searches)
+    )
 
 
 def ranking_tiny(result: dict[str, Any]) -> str:
@@ -258,6 +267,36 @@ def implicit_tiny(result: dict[str, Any]) -> str:
     return f"{len(seeds)} seeds, mean ± 95 %; {machine(result)}.\n\n" + markdown(["", *columns.values()], rows)
 
 
+def prm_real(result: dict[str, Any]) -> str:
+    """A row per loss and baseline: first errors, pairs and best-of-n on real answers, judged out of fold."""
+
+    def column(file: str, key: str, **where: Any) -> str:
+        runs = [
+            [row for row in rows if all(row[at] == wanted for at, wanted in where.items())]
+            for rows in result["tables"][file]
+        ]
+        found = [row[key] if key else (row["value"], row["low"], row["high"]) for rows in runs for row in rows]
+        return over_questions_and_seeds(found) if found else ""
+
+    names = dict.fromkeys(row["loss"] for row in result["tables"]["processbench"][0])
+    last = result["tables"]["game24_gpt4_cot"][0][-1]["n"]
+    rows = [
+        [
+            name,
+            column("processbench", "f1", loss=name, subset="all"),
+            column("bigbench_mistake", "f1", loss=name, subset="all"),
+            column("ipvrm_qwen3_0p6b_val", "in_order", loss=name, score="min"),
+            column("game24_gpt4_cot", "", method=f"best of n: {name}", n=last),
+        ]
+        for name in names
+    ]
+    for title, method in (("random pick", "avg"), ("majority", "majority"), ("one right answer", "pass@n")):
+        rows.append([title, "", "", "", column("game24_gpt4_cot", "", method=method, n=last)])
+    about = f"{result['folds']} folds by question, {result['seeds']} training seeds; 95 % over questions, ± over seeds"
+    header = ["loss", "ProcessBench, F1", "BIG-bench Mistake, F1", "Qwen3-0.6B, pairs in order", f"24, best of {last}"]
+    return f"{about}; {machine(result)}.\n\n" + markdown(header, rows)
+
+
 def distrl_tiny(result: dict[str, Any]) -> str:
     """Accuracy of the methods at equal rollouts, options, label imbalance, calibration after training."""
     sizes, seeds = result["sizes"], len({cell["seed"] for cell in result["cells"]})
@@ -275,10 +314,11 @@ def distrl_cost(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         phases = [f"{row[name]:.2f}" if (name := f"seconds/{phase}") in row else "" for phase in COST_PHASES]
         memory = ["", ""] if row["peak_mb"] is None else [f"{row['peak_mb']:.0f}", f"{row['memory_ratio']:.2f}"]
-        beside = f"{row['time_ratio']:.2f}"
+        beside = interval([row["time_ratio"], *row["time_ratio_range"]], 2)
         rows.append([row["batch"], row["method"], f"{row['seconds']:.2f}", *phases, beside, *memory])
     header = ["batch", "step", "seconds", *COST_PHASES, "time / plain", "peak MB", "memory / plain"]
-    about = f"{result['device']}, V = {result['vocabulary']:,}, load {result['load']:.1f}; {machine(result)}"
+    size = f"V = {result['vocabulary']:,}, {result['rounds']} rounds: median, ratios [least, largest]"
+    about = f"{result['device']}, {size}; load {result['load']:.1f}; {machine(result)}"
     return f"{about}.\n\n" + markdown(header, rows)
 
 
@@ -292,6 +332,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "labels_tiny": labels_tiny,
     "implicit_tiny": implicit_tiny,
     "ranking_tiny": ranking_tiny,
+    "prm_real": prm_real,
     "distrl_tiny": distrl_tiny,
     "distrl_cost": distrl_cost,
 }
