@@ -39,7 +39,9 @@ class LoudEngine:
         with self.log.open("a") as file:
             file.write(json.dumps(sorted(set(prompts))) + "\n")
         if self.hold():
-            signal.pause()
+            self.log.with_suffix(".held").touch()
+            while True:  # signal.pause() would miss a signal that came just before it
+                time.sleep(0.05)
         return self.engine.sample(prompts, seeds, prefixes=prefixes)
 
 
