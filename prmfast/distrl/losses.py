@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -247,9 +249,8 @@ def distrl_loss(
         raise ValueError(f"{op}: logits must have shape {(*where.shape, 'V')} like sampled, got {tuple(logits.shape)}")
     columns = logits.shape[-1]
     tokens = _tokens(op, advantages, sampled, old_logp, where, columns)
-    entries, table = tokens.entries(where, columns), logits.reshape(-1, columns)
-    lse = tokens.normalizer(where, table[where.place, tokens.ids], temperature) if on_policy else None
-    logp = entry_logprob(table, *entries, temperature=temperature, backend=backend, lse=lse)
+    of = partial(entry_logprob, logits.reshape(-1, columns), temperature=temperature, backend=backend)
+    logp = _entry_logp(of, tokens, where, columns, on_policy)
     return _total(logp, tokens, where, rule or LossRule(), logits.dtype)
 
 
@@ -292,12 +293,8 @@ def linear_distrl_loss(
     if len(hidden) != where.rows:
         raise ValueError(f"{op}: hidden must have {where.rows} rows like sampled, got {len(hidden)}")
     tokens = _tokens(op, advantages, sampled, old_logp, where, len(weight))
-    starts, ids = tokens.entries(where, len(weight))
-    options: dict[str, Any] = {"temperature": temperature, "backend": backend}
-    if on_policy:
-        at = (hidden.detach()[where.place].double() * weight.detach()[tokens.ids].double()).sum(1)
-        options["lse"] = tokens.normalizer(where, at, temperature)
-    logp = linear_entry_logprob(hidden, weight, starts, token_ids=ids, **options)
+    of = partial(linear_entry_logprob, hidden, weight, temperature=temperature, backend=backend)
+    logp = _entry_logp(of, tokens, where, len(weight), on_policy)
     return _total(logp, tokens, where, rule or LossRule(), hidden.dtype)
 
 
@@ -360,10 +357,22 @@ class _Tokens:
         counts = torch.bincount(entries // max(columns, 1), minlength=where.rows)
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), entries % max(columns, 1)
 
-    def normalizer(self, where: Layout, logits: Tensor, temperature: float) -> Tensor:
-        """Log-sum-exp of all rows, 0 at padding, if ``old_logp`` is that of the sampled tokens' ``logits`` [N]."""
-        lse = self.old_logp.new_zeros(where.rows)
-        return lse.index_copy_(0, where.place, logits.detach().double() / temperature - self.old_logp)
+
+def _entry_logp(of: Callable[..., Tensor], tokens: _Tokens, where: Layout, columns: int, on_policy: bool) -> Tensor:
+    """Log-probabilities of the entries; ``of`` is `entry_logprob` or `linear_entry_logprob` but for these.
+
+    Where ``old_logp`` is of the same distributions, their log-sum-exp is a sampled token's logit minus it; that logit
+    is what ``of`` gives for a log-sum-exp of 0.
+    """
+    lse = None
+    if on_policy:
+        counts = where.unpack(torch.ones_like(tokens.ids)).reshape(-1)
+        offsets, zero = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), tokens.old_logp.new_zeros(where.rows)
+        with torch.no_grad():
+            logits = of(offsets, token_ids=tokens.ids, lse=zero)
+        lse = where.unpack(logits - tokens.old_logp).reshape(-1)
+    starts, ids = tokens.entries(where, columns)
+    return of(starts, token_ids=ids, lse=lse)
 
 
 def _tokens(op: str, advantages: Advantages, sampled: Tensor, old_logp: Tensor, where: Layout, columns: int) -> _Tokens:

@@ -88,28 +88,35 @@ class _LinearEntries(torch.autograd.Function):
         return d_hidden if wanted[0] else None, d_weight if wanted[1] else None, None, None, None, None, None
 
 
-def _check_temperature(check: Check, temperature: float) -> float:
-    number = check.number("temperature", temperature)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{check.op}: temperature must be > 0 and finite, got {temperature}")
-    return number
+def _check(
+    check: Check,
+    like: Tensor,
+    vocabulary: int,
+    offsets: Tensor,
+    *,
+    token_ids: Tensor,
+    temperature: float,
+    lse: Tensor | None,
+) -> tuple[float, Tensor | None]:
+    """The temperature, and a known ``lse`` as the room's forward pass would have left it: 0 in rows without entries.
 
-
-def _check_entries(check: Check, like: Tensor, offsets: Tensor, token_ids: Tensor) -> None:
+    Where it is not known, that pass checks the entries.
+    """
     check.tensor("offsets", offsets, ndim=1, dtypes=(torch.int64,))
     check.shape("offsets", offsets, (like.shape[0] + 1,))
     check.tensor("token_ids", token_ids, ndim=1, dtypes=(torch.int64,))
-
-
-def _check_lse(check: Check, lse: Tensor, *, like: Tensor, vocabulary: int, offsets: Tensor, ids: Tensor) -> Tensor:
-    """As the forward pass of the room would have left it: everything checked, 0 in rows without entries."""
+    number = check.number("temperature", temperature)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{check.op}: temperature must be > 0 and finite, got {temperature}")
+    if lse is None:
+        return number, None
     check.tensor("lse", lse, ndim=1, dtypes=(torch.float64,))
     check.shape("lse", lse, (like.shape[0],))
     check.same_device("the logits", like, lse=lse)
-    check_all(check, Candidates(*_neutral(offsets, ids)), None, like=like, vocabulary=vocabulary)
+    check_all(check, Candidates(*_neutral(offsets, token_ids)), None, like=like, vocabulary=vocabulary)
     known = lse.detach().masked_fill(offsets.diff() == 0, 0.0)
     check_rows(check, known)
-    return known
+    return number, known
 
 
 def entry_logprob(
@@ -142,10 +149,9 @@ def entry_logprob(
     """
     check = Check("entry_logprob")
     check.tensor("logits", logits, ndim=2)
-    _check_entries(check, logits, offsets, token_ids)
-    temperature = _check_temperature(check, temperature)
-    if lse is not None:
-        lse = _check_lse(check, lse, like=logits, vocabulary=logits.shape[1], offsets=offsets, ids=token_ids)
+    temperature, lse = _check(
+        check, logits, logits.shape[1], offsets, token_ids=token_ids, temperature=temperature, lse=lse
+    )
     found: Tensor = _Entries.apply(  # type: ignore[no-untyped-call]
         logits, offsets, token_ids, temperature, backend, lse
     )
@@ -181,10 +187,9 @@ def linear_entry_logprob(
     """
     check = Check("linear_entry_logprob")
     check_layer(check, hidden, weight)
-    _check_entries(check, hidden, offsets, token_ids)
-    temperature = _check_temperature(check, temperature)
-    if lse is not None:
-        lse = _check_lse(check, lse, like=hidden, vocabulary=len(weight), offsets=offsets, ids=token_ids)
+    temperature, lse = _check(
+        check, hidden, len(weight), offsets, token_ids=token_ids, temperature=temperature, lse=lse
+    )
     found: Tensor = _LinearEntries.apply(  # type: ignore[no-untyped-call]
         hidden, weight, offsets, token_ids, temperature, backend, lse
     )
