@@ -26,7 +26,7 @@ from prmfast._files import atomic_path
 from prmfast._progress import progress as progress_bar
 from prmfast.distrl.advantages import Advantages
 from prmfast.distrl.config import LoopConfig
-from prmfast.distrl.models import LanguageModel, Outputs, collect
+from prmfast.distrl.models import LanguageModel, Outputs, check_apart, collect
 from prmfast.distrl.phases import Phases
 from prmfast.distrl.processes import Processes
 from prmfast.distrl.rollouts import Reward, Rollouts, choose, draw, joined
@@ -48,7 +48,8 @@ class Loop:
         questions: prompts to draw from, at least ``config.prompts * config.oversample``.
         reward: the verifier; `Reward`.
         config: `LoopConfig`.
-        reward_model: starts the online reward model; default: a copy of the policy. Trained in place.
+        reward_model: starts the online reward model; default: a copy of the policy. Trained in place, with parameters
+            of its own.
         reference: of ``config.reference="fixed"``; default: a copy of the policy.
         quantiles: with ``config.adaptive``, what a calibrator says of prompts: quantiles [B, M] of the probability that
             an answer is correct; `ias_allocate` spreads the answers of a step by them.
@@ -95,7 +96,8 @@ class Loop:
         self._optimizers = {"policy": adam(policy.parameters(), lr=config.policy_rate)}
         if config.reward != "none":
             self.reward_model = copy.deepcopy(policy) if reward_model is None else reward_model
-            parameters = self.reward_model.parameters()
+            parameters = list(self.reward_model.parameters())
+            check_apart("reward_model", parameters, policy.parameters())
             self._optimizers["reward"] = adam(parameters, lr=config.reward_rate)
             if config.reference == "fixed":
                 self.reference = copy.deepcopy(policy) if reference is None else reference

@@ -149,6 +149,14 @@ class LanguageModel(Protocol):
         ...
 
 
+def check_apart(name: str, trained: Iterable[Tensor], policy: Iterable[Tensor]) -> None:
+    """ValueError where a model that is trained beside the policy would train the policy too."""
+    own = {id(parameter) for parameter in policy}
+    shared = sum(id(parameter) in own for parameter in trained)
+    if shared:
+        raise ValueError(f"{name} must train no parameter of the policy, got {shared} of them")
+
+
 class HuggingFaceModel:
     """A transformers causal language model for the loop; no logits are made but where the output layer has a bias.
 

@@ -22,7 +22,7 @@ from prmfast._files import atomic_path
 from prmfast._trl import require_trl
 from prmfast.distrl.candidates import concat_rows, slice_rows
 from prmfast.distrl.losses import DistPPO
-from prmfast.distrl.models import Outputs, collect, output_layer, read_out
+from prmfast.distrl.models import Outputs, check_apart, collect, output_layer, read_out
 from prmfast.distrl.processes import Processes
 from prmfast.distrl.step import Batch, reward_loss, step_advantages, update
 from prmfast.ops import Candidates
@@ -93,6 +93,7 @@ class DistRLTrainer(GRPOTrainer):  # type: ignore[misc]
             if held is not None:
                 _check_model(name, _causal(held), _causal(self.model))
         trained = [p for p in self.reward_model.parameters() if p.requires_grad]
+        check_apart("reward_model", trained, self.model.parameters())
         self.processes.copy_from_main(trained)
         self._reward_optimizer = torch.optim.AdamW(trained, lr=args.rm_learning_rate, weight_decay=0.0)
         self._rewards: Tensor | None = None

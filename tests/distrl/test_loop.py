@@ -320,9 +320,8 @@ class TestModels:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 TinyWorld.policy_directory(), attention_dropout=dropout
             )
-            model.train()
             engine = TransformersEngine(model, world.tokenizer(), max_new_tokens=12)
-            model.train()
+            model.train()  # the engine has switched dropout off
             loop = Loop(HuggingFaceModel(model, world.tokenizer()), lambda: engine, short, world.verify, config=config)
             return numbers(loop.run(1)[-1])
 
@@ -373,6 +372,9 @@ def test_configurations_are_checked(world: TinyWorld) -> None:
     for name, config in (("reward_model", LoopConfig.grpo(prompts=1)), ("reference", LoopConfig(prompts=1))):
         with pytest.raises(ValueError, match=f"{name} must be None where config"):
             Loop(policy, policy.engine, ["x"], world.verify, config=config, **{name: policy})
+    count = len(list(policy.parameters()))
+    with pytest.raises(ValueError, match=f"reward_model must train no parameter of the policy, got {count} of them"):
+        Loop(policy, policy.engine, ["x"], world.verify, config=LoopConfig.distrl_ipvrm(prompts=1), reward_model=policy)
     with pytest.raises(ValueError, match=r"questions must be at least 64 \(prompts \* oversample\), got 1"):
         make(world, ["x"], LoopConfig.grpo(oversample=2.0))
 

@@ -338,6 +338,9 @@ def test_what_cannot_be_right_is_refused(world: TinyWorld, tokenizer: Any, promp
     capped.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"reward_model: model must have no soft cap and no scale.*softcapping = 30"):
         trainer(world, tokenizer, prompts, args, reward_model=capped)
+    both = AutoModelForCausalLM.from_pretrained(world.policy_directory())
+    with pytest.raises(ValueError, match=r"reward_model must train no parameter of the policy, got \d+ of them"):
+        trainer(world, tokenizer, prompts, args, model=both, reward_model=both)
     with pytest.raises(ValueError, match="reference must be None where rm_reference is 'behaviour', got a model"):
         trainer(world, tokenizer, prompts, args, reference=capped)
     with pytest.raises(ValueError, match="rm_outcome must be >= 0 and < 1, got 1"):
