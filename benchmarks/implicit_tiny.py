@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.seeds import interval, mean_interval, run_seeds
+from benchmarks.seeds import interval, mean_bars, run_seeds
 from prmfast._files import write_json
 from prmfast.bench.machine import describe
 from prmfast.calibration.metrics import spearman
@@ -351,7 +351,7 @@ def figure_of(runs: Sequence[Report]) -> Figure:
         (axes[1], ("F1, prefix", "F1, process"), "First wrong step"),
     ):
         for i, column in enumerate(columns):
-            mean, half = np.array([mean_interval([run[name][column] for run in runs]) for name in names]).T
+            mean, half = mean_bars([[run[name][column] for run in runs] for name in names])
             place = np.arange(len(names)) + 0.12 * (i - (len(columns) - 1) / 2)
             axis.errorbar(mean, place, xerr=half, linestyle="", capsize=2, label=column, **line_style(i))
         axis.set_yticks(range(len(names)), names)
@@ -361,7 +361,7 @@ def figure_of(runs: Sequence[Report]) -> Figure:
     bounds = {"random answer": {"color": "#555555", "linestyle": ":"}, "pass@n": {"color": "black", "linestyle": "--"}}
     ns = [int(column.removeprefix("BON@")) for column in runs[0]["pass@n"]]
     for i, name in enumerate(runs[0]):
-        mean, half = np.array([mean_interval([run[name][f"BON@{n}"] for run in runs]) for n in ns]).T
+        mean, half = mean_bars([[run[name][f"BON@{n}"] for run in runs] for n in ns])
         beside = np.array(ns) * 2.0 ** (0.04 * (i - len(runs[0]) / 2))  # bars side by side
         style = bounds.get(name) or line_style(i)
         axes[2].errorbar(beside, mean, half, linewidth=1.3, elinewidth=0.6, label=name, **style)

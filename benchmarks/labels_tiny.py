@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.seeds import interval, mean_interval, run_seeds
+from benchmarks.seeds import interval, mean_bars, run_seeds
 from prmfast._files import write_json
 from prmfast.bench.machine import describe
 from prmfast.calibration import CalibrationData, Calibrator, CondOTCalibrator, IsotonicCalibrator, metrics
@@ -201,8 +201,7 @@ def plot(hard: Sequence[Any], search: Sequence[Any], path: Path) -> None:
     titles = {"bias": "bias of the score (mean minus k/n)", "mse": "mean squared distance to k/n"}
     for axis, name in zip(axes, titles, strict=False):
         for i, judge in enumerate(("score", *CALIBRATORS)):
-            cells = [mean_interval([run[kind][judge][name] for run in hard]) for kind in KINDS]
-            means, halves = (np.nan_to_num(part) for part in zip(*cells, strict=True))
+            means, halves = mean_bars([[run[kind][judge][name] for run in hard] for kind in KINDS])
             place = np.arange(len(KINDS)) + 0.15 * (i - len(CALIBRATORS) / 2)
             axis.errorbar(place, means, halves, linestyle="", elinewidth=0.6, label=judge, **line_style(i))
         axis.axhline(0.0, color="black", linewidth=0.6)
@@ -212,8 +211,7 @@ def plot(hard: Sequence[Any], search: Sequence[Any], path: Path) -> None:
     for i, name in enumerate(
         ("agree, wrong answers", "exhaustive = truth", "bisection = truth", "saved, wrong answers")
     ):
-        cells = [mean_interval([run[str(n)][name] for run in search]) for n in TRIALS]
-        means, halves = (np.nan_to_num(part) for part in zip(*cells, strict=True))
+        means, halves = mean_bars([[run[str(n)][name] for run in search] for n in TRIALS])
         place = np.array(TRIALS) * 2.0 ** (0.04 * (i - 1.5))  # bars side by side
         label = "rollouts saved" if name.startswith("saved") else name.removesuffix(", wrong answers")
         axes[2].errorbar(place, means, halves, linewidth=1.3, elinewidth=0.6, label=label, **line_style(i))

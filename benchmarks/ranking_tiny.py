@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.seeds import interval, mean_interval, run_seeds
+from benchmarks.seeds import interval, mean_bars, mean_interval, run_seeds
 from prmfast._files import write_json
 from prmfast._progress import progress
 from prmfast._threads import one_thread
@@ -335,8 +335,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     counts = list(runs[0]["without"]["pass@n"])
     for axis, how in zip(axes, ("min", "last"), strict=False):
         for i, loss in enumerate(LOSSES):
-            cells = [mean_interval(series(runs, loss, "bon", how, n)) for n in counts]
-            means, halves = (np.nan_to_num(part) for part in zip(*cells, strict=True))
+            means, halves = mean_bars([series(runs, loss, "bon", how, n) for n in counts])
             at = np.array([int(n) for n in counts]) * 2.0 ** (0.05 * (i - len(LOSSES) / 2))  # bars side by side
             axis.errorbar(at, means, halves, linewidth=1.3, elinewidth=0.6, label=loss, **line_style(i))
         for name, line in (("pass@n", "--"), ("majority", ":")):
@@ -350,8 +349,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].legend(fontsize=8, frameon=False)
     names = ("spearman", "in answer")
     for i, loss in enumerate(LOSSES):
-        cells = [mean_interval(series(runs, loss, "steps", name)) for name in names]
-        means, halves = (np.nan_to_num(part) for part in zip(*cells, strict=True))
+        means, halves = mean_bars([series(runs, loss, "steps", name) for name in names])
         place = np.arange(len(names)) + 0.15 * (i - (len(LOSSES) - 1) / 2)
         axes[2].errorbar(place, means, halves, linestyle="", elinewidth=0.6, label=loss, **line_style(i))
     axes[2].axhline(0.0, color="black", linewidth=0.6)

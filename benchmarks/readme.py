@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -270,28 +271,29 @@ def implicit_tiny(result: dict[str, Any]) -> str:
 def prm_real(result: dict[str, Any]) -> str:
     """A row per loss and baseline: first errors, pairs and best-of-n on real answers, judged out of fold."""
 
-    def column(file: str, key: str, **where: Any) -> str:
-        runs = [
-            [row for row in rows if all(row[at] == wanted for at, wanted in where.items())]
+    def column(file: str, read: Callable[[dict[str, Any]], Any], **where: Any) -> str:
+        found = [
+            read(row)
             for rows in result["tables"][file]
+            for row in rows
+            if all(row[key] == wanted for key, wanted in where.items())
         ]
-        found = [row[key] if key else (row["value"], row["low"], row["high"]) for rows in runs for row in rows]
         return over_questions_and_seeds(found) if found else ""
 
-    names = dict.fromkeys(row["loss"] for row in result["tables"]["processbench"][0])
+    f1, in_order, selected = itemgetter("f1"), itemgetter("in_order"), itemgetter("value", "low", "high")
     last = result["tables"]["game24_gpt4_cot"][0][-1]["n"]
     rows = [
         [
             name,
-            column("processbench", "f1", loss=name, subset="all"),
-            column("bigbench_mistake", "f1", loss=name, subset="all"),
-            column("ipvrm_qwen3_0p6b_val", "in_order", loss=name, score="min"),
-            column("game24_gpt4_cot", "", method=f"best of n: {name}", n=last),
+            column("processbench", f1, loss=name, subset="all"),
+            column("bigbench_mistake", f1, loss=name, subset="all"),
+            column("ipvrm_qwen3_0p6b_val", in_order, loss=name, score="min"),
+            column("game24_gpt4_cot", selected, method=f"best of n: {name}", n=last),
         ]
-        for name in names
+        for name in dict.fromkeys(row["loss"] for row in result["tables"]["processbench"][0])
     ]
     for title, method in (("random pick", "avg"), ("majority", "majority"), ("one right answer", "pass@n")):
-        rows.append([title, "", "", "", column("game24_gpt4_cot", "", method=method, n=last)])
+        rows.append([title, "", "", "", column("game24_gpt4_cot", selected, method=method, n=last)])
     about = f"{result['folds']} folds by question, {result['seeds']} training seeds; 95 % over questions, ± over seeds"
     header = ["loss", "ProcessBench, F1", "BIG-bench Mistake, F1", "Qwen3-0.6B, pairs in order", f"24, best of {last}"]
     return f"{about}; {machine(result)}.\n\n" + markdown(header, rows)

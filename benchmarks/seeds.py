@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from prmfast._progress import Bar, progress
@@ -115,3 +116,9 @@ def interval(values: Sequence[float], digits: int = 3, *, signed: bool = False) 
     mean, half = mean_interval(values)
     shown = f"{mean:{'+' if signed else ''}.{digits}f}"
     return shown if len(values) < 2 else f"{shown} ± {half:.{digits}f}"
+
+
+def mean_bars(values: Sequence[Sequence[float]]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """`mean_interval` of n quantities for a plot: means [n] and half-widths [n], 0 for a single seed."""
+    means, halves = np.array([mean_interval(one) for one in values]).T
+    return means, np.nan_to_num(halves)
